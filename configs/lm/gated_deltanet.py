@@ -1,0 +1,25 @@
+"""Gated DeltaNet, 22.3M parameters, byte level, on Python's own source.
+
+    python train.py --config=configs/lm/gated_deltanet.py --workdir=runs/gated_deltanet
+
+Takes: not yet measured.
+Expected: not yet measured.
+"""
+
+from configs.schema import Data, Experiment, Optimizer
+from models import lm
+from models.delta import gated_deltanet
+
+
+def get_config() -> Experiment:
+    """The experiment."""
+    return Experiment(
+        model=lm.Config(
+            width=512,
+            depth=6,
+            pattern=(gated_deltanet.Config(heads=4),),
+        ),
+        steps=2000,
+        data=Data(length=512, batch=16),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=200),
+    )

@@ -1,0 +1,25 @@
+"""Gated linear attention, 19.2M parameters, byte level, on Python's own source.
+
+    python train.py --config=configs/lm/gla.py --workdir=runs/gla
+
+Takes: not yet measured.
+Expected: not yet measured.
+"""
+
+from configs.schema import Data, Experiment, Optimizer
+from models import lm
+from models.linear_attention import gla
+
+
+def get_config() -> Experiment:
+    """The experiment."""
+    return Experiment(
+        model=lm.Config(
+            width=512,
+            depth=6,
+            pattern=(gla.Config(heads=4),),
+        ),
+        steps=2000,
+        data=Data(length=512, batch=16),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=200),
+    )

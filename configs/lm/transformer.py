@@ -1,0 +1,25 @@
+"""Transformer, rotary and SwiGLU, 19.1M parameters, byte level, on Python's own source.
+
+    python train.py --config=configs/lm/transformer.py --workdir=runs/transformer
+
+Takes: not yet measured.
+Expected: not yet measured.
+"""
+
+from configs.schema import Data, Experiment, Optimizer
+from models import lm
+from models.attention import softmax
+
+
+def get_config() -> Experiment:
+    """The experiment."""
+    return Experiment(
+        model=lm.Config(
+            width=512,
+            depth=6,
+            pattern=(softmax.Config(heads=8),),
+        ),
+        steps=2000,
+        data=Data(length=512, batch=16),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=200),
+    )

@@ -1,0 +1,232 @@
+"""The command line: config files, overrides of their fields, and a program's own options.
+
+`--config=FILE[:ARG]` runs FILE (a config file is code: run only what you trust) and passes ARG to
+its `get_config`; `--config.model.width=512` sets a field. Everything is checked before JAX is
+imported, on a preview of the file; then the file is read for real, and the config is frozen.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs import checks, overrides, preview
+from configs.schema import Experiment, freeze
+
+ROOT = Path(__file__).parents[1]
+HELP = ("help", "h", "helpshort", "helpfull")
+
+
+class UsageError(Exception):
+    """The user's command line or config is wrong: one line, exit code 2."""
+
+
+class ConfigFileError(UsageError):
+    """The config file's own code failed."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a program: a UsageError becomes one line and exit code 2; other errors stay bugs."""
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        if {"--debug", "-debug", "--debug=true"} & set(sys.argv):
+            traceback.print_exc()
+        print("config error:", " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def configuration() -> Iterator[None]:
+    """ValueErrors of this block are the user's: sizes that do not divide, a folder without data."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def parse(
+    argv: Sequence[str], options: Mapping[str, Any], *, single: bool = False
+) -> tuple[list[Experiment], dict[str, Any]]:
+    """The frozen experiment of every `--config`, and the value of every option.
+
+    `options` holds the program's own options with their defaults, which say the types (str, bool,
+    int, float); the values come back under the same names, and the files as given under "config".
+    `single` refuses a second `--config`. `--help` prints the program's docstring and exits. All
+    that is wrong is a UsageError.
+    """
+    files, pairs, values = _split(list(argv), options)
+    if not files:
+        raise UsageError("--config is missing. Try --config=configs/quickstart.py, or --help.")
+    if single and len(files) > 1:
+        raise UsageError(f"--config is given {len(files)} times: {', '.join(files)}. Give one.")
+    if "jax" not in sys.modules:
+        _preview(files, pairs)
+    trees = [load(file) for file in files]
+    return [freeze(tree) for tree in _checked(files, trees, pairs)], values | {"config": files}
+
+
+def span(text: str) -> tuple[int, int] | None:
+    """`20:25` as (20, 25); None for an empty text."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UsageError(f"{text!r} is no span of steps. Write FIRST:LAST, such as 20:25.")
+    return int(match[1]), int(match[2])
+
+
+def _split(argv: list[str], options: Mapping[str, Any]):
+    """Config files, overrides (key, text) and options; a text of None is a flag without a value."""
+    files, pairs, values = [], [], dict(options)
+    while argv:
+        token = argv.pop(0)
+        match = re.fullmatch(r"--?([A-Za-z][^=]*)(?:=(.*))?", token, re.DOTALL)
+        if not match:
+            raise UsageError(f"unexpected argument {token!r}: write --option=value.")
+        name, text = match.groups()
+        if name in HELP and name not in options:
+            _help(options)
+        known = name == "config" or name.startswith("config.") or name in options
+        if not known:
+            raise UsageError(_unknown(name, options))
+        is_switch = isinstance(options.get(name), bool)
+        if text is None and not is_switch and argv and re.match(r"[^-]|-\.?\d|-?$", argv[0]):
+            text = argv.pop(0)
+        if name == "config":
+            if not text:
+                raise UsageError("--config needs a file: --config=configs/quickstart.py")
+            files.append(text)
+        elif name in options:
+            with configuration():
+                values[name] = overrides.read(f"--{name}", type(options[name]), text)
+        else:
+            pairs.append((name.removeprefix("config."), text))
+    return files, pairs, values
+
+
+def _unknown(name: str, options: Mapping[str, Any]) -> str:
+    head, dot, rest = name.partition(".")
+    allowed = ("config", *options, "help")
+    near = overrides.nearest(head, allowed)
+    if name in overrides.keys(Experiment()) or head == "model":
+        near, dot, rest = f"config.{name}", "", ""
+    meant = f" (did you mean '--{near}{dot}{rest}'?)" if near else ""
+    return f"unknown option '--{name}'{meant}. Options: {', '.join('--' + o for o in allowed)}."
+
+
+def _help(options: Mapping[str, Any]) -> None:
+    print((sys.modules["__main__"].__doc__ or "").strip())
+    print(
+        "\nOptions (with their defaults):\n  --config=FILE[:ARG]   a config file, and a word for it"
+    )
+    print("  --config.KEY=VALUE    set a field, such as --config.steps=100")
+    for name, default in options.items():
+        print(f"  --{name}={str(default).lower() if isinstance(default, bool) else repr(default)}")
+    sys.exit(0)
+
+
+def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:
+    """Raise the UsageErrors that can be found without JAX; where that takes JAX, say nothing."""
+    try:
+        with preview.stand_ins():
+            trees = [load(file) for file in files]
+        _checked(files, trees, pairs)
+    except ConfigFileError as error:
+        if isinstance(error.__cause__, ValueError):  # raised by intent, not for want of JAX
+            raise
+    except UsageError:
+        raise
+    except (Exception, preview.NeedsReal):
+        return
+
+
+def _checked(files: list[str], trees: list[Experiment], pairs) -> list[Experiment]:
+    """Copies of `trees` with all overrides, or a UsageError, which names the file among several."""
+    done = []
+    for file, tree in zip(files, trees, strict=True):
+        try:
+            checks.check_types(tree)
+            done.append(overrides.apply(tree, pairs))
+            checks.check(done[-1])
+        except ValueError as error:
+            where = f"{file}: " if len(files) > 1 else ""
+            raise UsageError(f"{where}{error}") from error
+    return done
+
+
+def load(spec: str) -> Experiment:
+    """What `get_config` of FILE[:ARG] returns; UsageError if it does not return an Experiment."""
+    name, colon, arg = spec.partition(":")
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise UsageError(f"no config file {name!r}{_nearest_file(path)}.")
+    args = (arg,) if colon else ()
+    try:
+        get_config = getattr(_execute(path), "get_config", None)
+        if not callable(get_config):
+            raise UsageError(f"{name} has no function get_config().")
+        if not _accepts(get_config, args):
+            fault = f"takes no argument; leave {colon}{arg} out" if colon else "needs an argument"
+            raise UsageError(f"get_config() of {spec!r} {fault} ({name}{'' if colon else ':ARG'}).")
+        tree = get_config(*args)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = _place(path, error)
+        if not isinstance(error, ValueError) and not place.startswith(f"{path}:"):
+            raise  # a bug of ours, which must show itself
+        kind = type(error).__name__
+        raise ConfigFileError(f"{place}: {kind}: {error} (--debug: traceback)") from error
+    if not isinstance(tree, Experiment):
+        kind = type(tree).__name__
+        raise ConfigFileError(f"get_config() of {name} must return an Experiment, not {kind}.")
+    return tree
+
+
+def _execute(path: Path):
+    spec = importlib.util.spec_from_file_location(f"configs.given_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _accepts(function: Callable, args: tuple) -> bool:
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """FILE:LINE where the error was raised, or our line that called what raised it."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    place = str(path)
+    for name, line in frames:
+        file = Path(name).resolve()
+        if file == path.resolve():
+            place = f"{path}:{line}"
+        elif ROOT in file.parents and file != Path(__file__):
+            place = f"{file.relative_to(ROOT)}:{line}"
+    return place
+
+
+def _nearest_file(path: Path) -> str:
+    folders = {
+        path.parent,
+        Path("configs"),
+        *(p for p in Path("configs").glob("**/") if p.is_dir()),
+    }
+    found = {file for folder in folders for file in folder.glob("*.py")}
+    known = sorted(str(file) for file in found if "def get_config" in file.read_text("utf-8"))
+    return overrides.hint(str(path), known, 0)

@@ -1,0 +1,139 @@
+"""The typed config tree: an experiment is one `Experiment`; a flag can set every field of it.
+
+A config file returns an `Experiment` from `get_config()`. It stays mutable until the command line
+has been read; then `freeze` makes it constant. "Off" is 0, "" or an empty tuple, so a flag can
+say it. This module imports neither JAX nor a model: a misspelt key is refused before they load.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, Literal
+
+
+@dataclasses.dataclass
+class Data:
+    """Where tokens come from and how documents are laid into rows."""
+
+    source: str = "stdlib"  # stdlib | packages | tfds:NAME | text:FOLDER
+    tokenizer: str = "bytes"  # bytes | bpe:FILE (a tokenizers JSON file)
+    layout: Literal["windows", "packed", "stream"] = "windows"
+    length: int = 512  # tokens in a row
+    batch: int = 16  # rows in a global batch, over all hosts
+    seed: int = 0
+    folder: str = ""  # data_dir of TFDS, and where token files are cached ("": the user's cache)
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """Update rule and learning-rate schedule; weight decay touches matrices only."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay
+    final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # 0: off
+    accumulation: int = 1  # microbatches summed before one update
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices along each mesh axis; -1 on one axis takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """When to save and what to keep; every save is verified by a SHA-256 manifest."""
+
+    every_steps: int = 200  # 0: only the last step
+    keep: int = 3  # newest steps kept
+    keep_best: int = 1  # steps with the best validation loss kept beside them
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Validation during and after training."""
+
+    every_steps: int = 200  # 0: only at the end
+    batches: int = 16
+    sample_tokens: int = 256  # tokens of the sample printed at the end; 0: none
+    sample_prompt: str = "def "
+    temperature: float = 0.7
+
+
+@dataclasses.dataclass
+class Guards:
+    """What to do when a step goes wrong (exit codes: 5 non-finite, 6 hang, 4 storage)."""
+
+    max_bad_steps: int = 3  # non-finite updates are skipped; this many in a row stop the run
+    hang_timeout_s: float = 0.0  # 0: off; no finished step for so long dumps all stacks and stops
+
+
+@dataclasses.dataclass
+class Experiment:
+    """One experiment: a model, its data, and how it is trained."""
+
+    model: Any = None  # models.lm.Config
+    steps: int = 1000
+    seed: int = 0
+    carry_state: bool = (
+        False  # truncated BPTT: states pass from a batch to the next (stream layout)
+    )
+    log_every: int = 10
+    data: Data = dataclasses.field(default_factory=Data)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    guards: Guards = dataclasses.field(default_factory=Guards)
+
+
+@functools.cache
+def _frozen(cls: type) -> type:
+    def refuse(self, name, value):
+        raise dataclasses.FrozenInstanceError(f"the config is frozen: cannot set {name}={value!r}")
+
+    def plain(_, *args, **kwargs):  # dataclasses.replace of a frozen config gives a mutable one
+        return cls(*args, **kwargs)
+
+    body = {"__setattr__": refuse, "__new__": plain, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), body)
+
+
+def freeze(tree: Any) -> Any:
+    """Make every dataclass of `tree` constant, in place, and return it."""
+    if isinstance(tree, (tuple, list)):
+        for node in tree:
+            freeze(node)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            freeze(getattr(tree, field.name))
+        object.__setattr__(tree, "__class__", _frozen(type(tree)))
+    return tree
+
+
+def to_dict(tree: Any) -> Any:
+    """`tree` as plain JSON values; each dataclass says its class under "class"."""
+    if isinstance(tree, (tuple, list)):
+        return [to_dict(node) for node in tree]
+    if not dataclasses.is_dataclass(tree):
+        return tree
+    named = {f.name: to_dict(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+    return {"class": f"{type(tree).__module__}.{type(tree).__name__}", **named}
+
+
+def fingerprint(tree: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the tree's JSON: equal configs, equal fingerprints."""
+    text = json.dumps(to_dict(tree), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

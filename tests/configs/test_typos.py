@@ -1,0 +1,62 @@
+"""A misspelt key: one line with the right key, exit code 2, and JAX never loaded."""
+
+import random
+import re
+import string
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import overrides
+from tests.configs.shipped import FILES, ROOT, read
+
+
+def typos(key: str, known: set[str], seed: int) -> list[str]:
+    """`key` with one letter deleted, two neighbours swapped, one letter inserted; no other key."""
+    random_ = random.Random(f"{seed} {key}")
+    letters = [match.start() for match in re.finditer(r"\w(?!\])", key)]
+    pairs = [i for i in letters if i + 1 in letters and key[i] != key[i + 1]]
+    i, j, k = (random_.choice(places) for places in (letters, pairs, letters))
+    made = [
+        key[:i] + key[i + 1 :],
+        key[:j] + key[j + 1] + key[j] + key[j + 2 :],
+        key[:k] + random_.choice(string.ascii_lowercase) + key[k:],
+    ]
+    return [typo for typo in made if typo not in known]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_key_is_suggested_for_its_typos(file):
+    tree = read(f"--config={file}")
+    keys = overrides.keys(tree)
+    known = {*keys, *overrides.sections(tree)}
+    tried, wrong = 0, []
+    for key in keys:
+        for typo in typos(key, known, seed=0) + typos(key, known, seed=1):
+            tried += 1
+            with pytest.raises(ValueError) as refused:
+                overrides.normal(tree, typo, "1")
+            line = str(refused.value)
+            assert line.startswith(f"unknown key {typo!r}") and "\n" not in line
+            if f"(did you mean {key!r}?)" not in line:
+                wrong.append(line)
+    assert tried >= 5 * len(keys) and len(keys) > 30
+    assert len(wrong) <= 0.05 * tried, wrong
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_program_refuses_typos_at_once(file):
+    keys = ["model.width", "optimizer.learning_rate", "steps"]
+    seconds = []
+    for key in keys:
+        typo = typos(key, set(keys), seed=2)[0]
+        argv = [sys.executable, "train.py", f"--config={file}", f"--config.{typo}=1"]
+        start = time.monotonic()
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"config error: unknown key {typo!r} (did you mean {key!r}?)")
+    assert min(seconds) < 1.5  # of three: other work on the machine may slow any one of them
