@@ -1,0 +1,152 @@
+"""Small parts that architectures share: named weights, norms, rotary positions, convolutions."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from kernels.short_conv import short_conv
+from models.mixer import wide
+
+Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
+
+
+def normal(std: float) -> Initializer:
+    """Normal distribution of standard deviation `std`, cut at two sigma (rescaled for the cut)."""
+    return jax.nn.initializers.truncated_normal(std / 0.87962566)
+
+
+def fan_in(*dims_in: int, gain: float = 1.0) -> Initializer:
+    """`normal` of variance gain^2 / prod(dims_in): keeps the scale of what is multiplied."""
+    return normal(gain / math.sqrt(math.prod(dims_in)))
+
+
+def constant(value: float) -> Initializer:
+    """Every entry equal to `value`."""
+    return jax.nn.initializers.constant(value)
+
+
+def log_uniform(low: float, high: float) -> Initializer:
+    """log of a uniform draw from [low, high]: -exp of it is A of Mamba-2 (arXiv 2405.21060)."""
+    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
+
+
+def inverse_softplus(low: float, high: float) -> Initializer:
+    """b with softplus(b) log-uniform in [low, high]: a time step's bias (arXiv 2312.00752, 3.6)."""
+
+    def init(key, shape):
+        low_log, high_log = math.log(low), math.log(high)
+        step = jnp.exp(jax.random.uniform(key, shape, minval=low_log, maxval=high_log))
+        return step + jnp.log(-jnp.expm1(-step))
+
+    return init
+
+
+def weight(
+    rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], dims: Sequence[str]
+) -> nnx.Param:
+    """A float32 weight whose dimensions carry the names `dims` (see parallel/sharding.py)."""
+    if len(shape) != len(dims):
+        raise ValueError(f"weight of shape {tuple(shape)} has {len(dims)} names {tuple(dims)}.")
+    return nnx.Param(init(rngs.params(), tuple(shape)), dims=tuple(dims))
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float = 1e-6) -> Float[Array, "... D"]:
+    """y = x / sqrt(mean(x^2) + eps) * scale, computed in float32 (arXiv 1910.07467, eq. 4)."""
+    y = x.astype(wide(x.dtype))
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * inverse * scale).astype(x.dtype)
+
+
+def l2_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+    """y = x / sqrt(sum(x^2) + eps), computed in float32."""
+    y = x.astype(wide(x.dtype))
+    return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its weight, over the residual stream."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, eps: float = 1e-6):
+        self.scale = weight(rngs, constant(1.0), (width,), ("embed",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution over `shape` channels, with the state that decoding carries.
+
+    Weights are (width, *shape), dimension names ("width", *dims); uniform(+- 1 / sqrt(width)) as
+    torch's Conv1d draws them, which Mamba-2, Griffin and Gated DeltaNet inherit.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dims: tuple[str, ...],
+        rngs: nnx.Rngs,
+        *,
+        width: int = 4,
+        bias: bool = True,
+        activation: str = "none",
+    ):
+        if not 2 <= width <= 8:
+            raise ValueError(f"conv={width} is outside the supported widths 2 to 8; 4 is usual.")
+        bound = 1 / math.sqrt(width)
+        init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        self.taps = weight(rngs, init, (width, *shape), ("width", *dims))
+        self.bias = weight(rngs, constant(0.0), shape, dims) if bias else None
+        self.activation = activation
+        self.width = width
+        self.shape = shape
+
+    def __call__(self, x: Array, *, segments=None, state=None) -> tuple[Array, Array]:
+        """Convolve x (B, T, *shape); the state is the last inputs (B, width - 1, channels)."""
+        flat = x.reshape(*x.shape[:2], -1)
+        bias = None if self.bias is None else self.bias[...].reshape(-1).astype(x.dtype)
+        y, tail = short_conv(
+            flat,
+            self.taps[...].reshape(self.width, -1).astype(x.dtype),
+            bias,
+            segments=segments,
+            initial_state=state,
+            activation=self.activation,
+        )
+        return y.reshape(x.shape), tail
+
+    def init_state(self, batch: int, dtype: DTypeLike) -> Array:
+        """Zeros: nothing came before."""
+        return jnp.zeros((batch, self.width - 1, math.prod(self.shape)), dtype)
+
+
+def rotary(
+    x: Float[Array, "B T H K"], positions: Int[Array, "#B T"], base: float = 10_000.0
+) -> Float[Array, "B T H K"]:
+    """Rotate pairs (i, i + K/2) by positions * base^(-2i/K) (arXiv 2104.09864, eq. 34)."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    dtype = wide(x.dtype)
+    cos, sin = jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: abs(d - wanted))
+
+
+def split_heads(width: int, heads: int, what: str = "heads") -> int:
+    """width / heads; ValueError with the nearest number of heads that divides the width."""
+    if heads < 1 or width % heads:
+        near = nearest_divisor(width, heads)
+        raise ValueError(f"{what}={heads} does not divide the width {width}. Use {near}.")
+    return width // heads

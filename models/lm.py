@@ -1,0 +1,243 @@
+"""The language model: embedding, a pattern of blocks repeated to depth, a norm, a head, the loss.
+
+Blocks of equal position in the pattern are stacked and scanned by period, so compile time follows
+the pattern and not the depth; blocks left over when the pattern does not divide the depth follow
+one by one.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kernels.cross_entropy import cross_entropy
+from models import block, layers, mixer
+from models.attention import softmax
+from models.channel import glu
+from parallel.sharding import constrain, gathered
+
+
+@dataclasses.dataclass
+class Config:
+    """A decoder-only language model; elements of `pattern` are mixer or `block.Config`s."""
+
+    vocabulary: int = 257
+    width: int = 256
+    depth: int = 4
+    pattern: tuple = dataclasses.field(default_factory=lambda: (softmax.Config(),))
+    channel: Any = dataclasses.field(default_factory=glu.Config)  # follows each bare mixer
+    head: Literal["tied", "untied"] = "tied"
+    embed_scale: float = 1.0  # multiplies the embedding (Gemma: sqrt(width))
+    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: off
+    norm_eps: float = 1e-6
+    layers: Literal["scanned", "unrolled"] = "scanned"  # unrolled: faster steps, slower compiles
+    remat: Literal["none", "blocks", "dots"] = "none"  # what the backward pass computes again
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; weights stay float32
+
+    def build(self, rngs: nnx.Rngs) -> "LM":
+        """The module; ValueError where sizes do not fit."""
+        return LM(self, rngs)
+
+    def blocks(self) -> tuple[block.Config, ...]:
+        """The block of each layer of one period."""
+
+        def wrapped(part):
+            if isinstance(part, block.Config):
+                return part
+            return block.Config(part, self.channel, self.norm_eps)
+
+        return tuple(wrapped(part) for part in self.pattern)
+
+
+REMAT = {
+    "none": None,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class LM(nnx.Module):
+    """Maps tokens (B, T) to hidden states (B, T, D); `loss` and `logits` apply the head."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        for name in ("vocabulary", "width", "depth"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"model.{name}={getattr(config, name)} must be at least 1.")
+        if not config.pattern:
+            raise ValueError("model.pattern is empty; it needs at least one mixer.")
+        parts = config.blocks()
+        periods = config.depth // len(parts) if config.layers == "scanned" else 0
+        rest = config.depth - periods * len(parts)
+        table = layers.normal(0.02 if config.head == "tied" else 1.0)
+        shape = (config.vocabulary, config.width)
+        self.embed = layers.weight(rngs, table, shape, ("vocab", "embed"))
+        self.stacks = nnx.List([])
+        if periods:
+            self.stacks = nnx.List([_stack(part, config.width, periods, rngs) for part in parts])
+        self.rest = nnx.List([parts[i % len(parts)].build(config.width, rngs) for i in range(rest)])
+        self.norm = layers.RMSNorm(config.width, rngs, config.norm_eps)
+        self.head = None
+        if config.head == "untied":
+            init = layers.fan_in(config.width)
+            self.head = layers.weight(rngs, init, shape[::-1], ("embed", "vocab"))
+        self.dtype, self.remat = config.dtype, config.remat
+        self.embed_scale, self.softcap = config.embed_scale, config.softcap
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        state: mixer.State | None = None,
+    ) -> tuple[Float[Array, "B T D"], mixer.State]:
+        """Hidden states after the final norm, and the state after the last token.
+
+        Rows whose first document is not the one that `state` left off in start from nothing.
+        """
+        state = self.init_state(*tokens.shape) if state is None else state
+        number = state["segment"]
+        if segments is None:
+            number = jnp.maximum(number, 1)
+        else:
+            state = _resume(state, segments)
+            _, last = mixer.first_and_last(segments)
+            number = jnp.where(last > 0, last, number)
+        x, stacks, rest = self._blocks(tokens, segments, state)
+        return self.norm(x), {"segment": number, "stacks": stacks, "rest": rest}
+
+    def loss(
+        self,
+        inputs: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+        """Sum over tokens of weights * nll in nats, and the nll of each token; keeps no state."""
+        x, _, _ = self._blocks(inputs, segments, None)
+        return self._nll(self.norm(x), targets, weights)
+
+    def loss_and_state(self, inputs, targets, weights, *, segments=None, state=None):
+        """As `loss`, continuing from `state`: (total, nll, state after the last token)."""
+        x, state = self(inputs, segments=segments, state=state)
+        return *self._nll(x, targets, weights), state
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of hidden states that the final norm has passed."""
+        logits = jnp.matmul(
+            hidden,
+            self._head().astype(hidden.dtype),
+            preferred_element_type=mixer.wide(hidden.dtype),
+        )
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+    def init_state(self, batch: int, capacity: int) -> mixer.State:
+        """The state before the first token, for rows of up to `capacity` tokens in all."""
+        dtype = jnp.dtype(self.dtype)
+
+        def stacked(stack):
+            graph, params = nnx.split(stack)
+            periods = jax.tree.leaves(params)[0].shape[0]
+            one = nnx.merge(graph, jax.tree.map(lambda p: p[0], params))
+            state = one.init_state(batch, capacity, dtype)
+            return jax.tree.map(lambda s: jnp.broadcast_to(s, (periods, *s.shape)), state)
+
+        return {
+            "segment": jnp.zeros(batch, jnp.int32),
+            "stacks": tuple(stacked(stack) for stack in self.stacks),
+            "rest": tuple(part.init_state(batch, capacity, dtype) for part in self.rest),
+        }
+
+    def _nll(self, x, targets, weights):
+        head = self._head().astype(x.dtype)
+        return cross_entropy(x, head, targets, weights, softcap=self.softcap)
+
+    def _head(self):
+        return self.embed[...].T if self.head is None else self.head[...]
+
+    def _blocks(self, tokens, segments, state):
+        """Embed the tokens and run all blocks; with state None, states are not kept."""
+        dtype = jnp.dtype(self.dtype)
+        x = gathered(self.embed[...].astype(dtype), "vocab", "embed")[tokens]
+        x = x if self.embed_scale == 1.0 else x * self.embed_scale
+        x = constrain(x, "batch", "time", "embed")
+        keep = state is not None
+
+        def apply(graph, params, x, old):
+            def run(params, x, old):
+                y, new = nnx.merge(graph, params)(x, segments=segments, state=old)
+                return y, new if keep else None
+
+            if self.remat != "none":
+                run = jax.checkpoint(run, policy=REMAT[self.remat])
+            return run(params, x, old)
+
+        splits = [nnx.split(stack) for stack in self.stacks]
+
+        def period(x, layer):
+            new = []
+            for (graph, _), (params, old) in zip(splits, layer, strict=True):
+                x, after = apply(graph, params, x, old)
+                new.append(after)
+            return x, tuple(new)
+
+        stacks = ()
+        if splits:
+            old = state["stacks"] if keep else (None,) * len(splits)
+            xs = tuple((params, s) for (_, params), s in zip(splits, old, strict=True))
+            x, stacks = jax.lax.scan(period, x, xs)
+        rest = []
+        for i, part in enumerate(self.rest):
+            x, after = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
+            rest.append(after)
+        return x, stacks, tuple(rest)
+
+
+def _resume(state, segments):
+    """`state` with those rows made fresh whose first document is not the one it left off in."""
+    first, _ = mixer.first_and_last(segments)
+    keep = (state["segment"] == 0) | (first == 0) | (first == state["segment"])
+    stacked = jax.vmap(mixer.keep_rows, (None, 0))
+    return state | {
+        "stacks": stacked(keep, state["stacks"]),
+        "rest": mixer.keep_rows(keep, state["rest"]),
+    }
+
+
+def _stack(part: block.Config, width: int, periods: int, rngs: nnx.Rngs) -> block.Block:
+    """`periods` independent blocks in one module, each weight with a leading "layers" dimension."""
+    graph = nnx.split(nnx.eval_shape(lambda: part.build(width, nnx.Rngs(0))))[0]
+
+    def one(key):
+        return nnx.to_pure_dict(nnx.split(part.build(width, nnx.Rngs(key)))[1])
+
+    return nnx.merge(graph, jax.vmap(one)(jax.random.split(rngs.params(), periods)))
+
+
+def unrolled(model: LM) -> LM:
+    """The same model with its layers apart: decoding then copies no weights out of the stacks."""
+    splits = [nnx.split(stack) for stack in model.stacks]
+    periods = len(jax.tree.leaves(splits[0][1])[0]) if splits else 0
+
+    def layer(graph, stack, i):
+        return nnx.merge(graph, jax.tree.map(lambda w: w[i], stack))
+
+    apart = [layer(*split, i) for i in range(periods) for split in splits]
+    flat = nnx.clone(model)
+    flat.stacks, flat.rest = nnx.List([]), nnx.List(apart + list(flat.rest))
+    return flat
+
+
+def weight_dims(model: nnx.Module) -> dict:
+    """Names of the dimensions of every weight, as the nested dict that `nnx.to_pure_dict` gives."""
+
+    def dims(param):
+        lead = len(param.shape) - len(param.get_metadata()["dims"])
+        return ("layers",) * lead + param.get_metadata()["dims"]
+
+    state = nnx.split(model)[1]
+    named = jax.tree.map(dims, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return nnx.to_pure_dict(named)

@@ -1,0 +1,87 @@
+"""The contract that every architecture keeps.
+
+An architecture file holds `Config` (a dataclass of settings; it is the registry) and `Mixer` (its
+module). `Config.build(width, rngs)` makes the `Mixer`; calling it maps (B, T, D) to (B, T, D) and
+returns the state after the last token. Training ignores the state, prefill keeps it, decoding is
+T = 1.
+"""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+State = Any  # a pytree of arrays with the batch first, or scalars shared by all rows
+
+
+@runtime_checkable
+class Config(Protocol):
+    """Settings of one architecture: a dataclass whose class names the architecture."""
+
+    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+        """The module for a residual stream of `width`; ValueError where the settings do not fit."""
+        ...
+
+
+class Mixer(nnx.Module):
+    """Base of all mixers, token mixers and channel mixers alike."""
+
+    causal: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Mix `x` and return the state after its last token.
+
+        `segments` numbers the documents of a row (0: padding; None: one document). `state` belongs
+        to the document of the row's first token; documents that start later start from nothing.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> State:
+        """The state before the first token: what decoding up to `capacity` tokens must carry.
+
+        It is all zeros, so that a row is made fresh by zeroing it. Cached activations have `dtype`,
+        the compute dtype; recurrent states have `wide(dtype)`.
+        """
+        raise NotImplementedError
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of recurrent states and of reductions: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def keep_rows(keep: Bool[Array, " B"], state: State) -> State:
+    """Rows of `state` where `keep`, zeros (a fresh state) elsewhere; scalars stay."""
+
+    def one(leaf):
+        if leaf.ndim == 0:
+            return leaf
+        return jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(one, state)
+
+
+def first_and_last(segments: Int[Array, "B T"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Numbers of the first and the last document of each row; 0 for a row of padding alone."""
+    real = segments != 0
+    first = jnp.take_along_axis(segments, real.argmax(1)[:, None], 1)[:, 0]
+    last = jnp.take_along_axis(segments[:, ::-1], real[:, ::-1].argmax(1)[:, None], 1)[:, 0]
+    return first, last
+
+
+def state_bytes(config: Config, width: int, capacity: int, dtype: DTypeLike = jnp.bfloat16) -> int:
+    """Bytes of one sequence's state after `capacity` tokens, from shapes alone."""
+
+    def build():
+        return config.build(width, nnx.Rngs(0)).init_state(1, capacity, dtype)
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(build)))
