@@ -1,0 +1,244 @@
+"""A split as numbered batches: batch i is a pure function of the config, the split and i.
+
+Global row g = i * B + row is row `g mod n` of epoch `g div n`, for n rows an epoch; each epoch has
+an order of its own. Host h of H builds rows hB/H .. (h + 1)B/H of every batch, so the global
+batches do not depend on the number of hosts, and an iterator's only state is a batch number.
+
+`python -m data.pipeline --bench` prints what a source holds and how fast each layout is.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from configs.schema import Data
+from data import corpora, packing, token_cache
+from data.tokenizers import Tokenizer, open_tokenizer
+
+_PREFETCHED_BATCHES = 4
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Batches(Iterator[packing.Batch], Protocol):
+    """Grain's iterator: `next`, and the position as {"next_index": batch number}."""
+
+    def get_state(self) -> dict[str, int]:
+        """The position: the number of the batch that `next` returns."""
+        ...
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go to a position, forward or back, at no cost."""
+        ...
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a corpus for one host. `len(split)` batches hold every prediction once.
+
+    `tokens` counts the predictions of an epoch, `bytes` the bytes that they stand for, `rows` the
+    rows that hold them; `fingerprint` is the SHA-256 of the whole corpus, all three splits.
+    """
+
+    name: str
+    config: Data
+    host: int
+    hosts: int
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    fingerprint: str
+    documents: int
+    bytes: int
+    tokens: int
+    rows: int
+    take: Callable[[np.ndarray, np.ndarray], packing.Batch] = dataclasses.field(repr=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocabulary
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of an epoch that are no padding."""
+        return self.tokens / (self.rows * self.config.length)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.config.batch)
+
+    def batch(self, i: int) -> packing.Batch:
+        """This host's rows of global batch i, see `packing.Layout`.
+
+        Training has a batch for every i >= 0; the other splits have `len(split)`, and the last
+        is filled with rows of padding. Raises IndexError beyond.
+        """
+        if i < 0 or (self.name != "train" and i >= len(self)):
+            raise IndexError(f"{self.name} has no batch {i}: it must be in 0..{len(self) - 1}")
+        share = self.config.batch // self.hosts
+        position = i * self.config.batch + self.host * share + np.arange(share)
+        if self.name != "train":
+            return self.take(np.where(position < self.rows, position, -1), np.zeros_like(position))
+        return self.take(position % self.rows, position // self.rows)
+
+    def batches(self, start: int = 0) -> Batches:
+        """Batches start, start + 1, ..., made ahead of time in one thread; training never ends."""
+        import grain
+
+        count = sys.maxsize if self.name == "train" else len(self)
+        source = grain.MapDataset.range(count).map(self.batch)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+        iterator = iter(source.to_iter_dataset(options))
+        if start:
+            iterator.set_state({"next_index": start})
+        return iterator
+
+
+def open_split(config: Data, split: str, host: int = 0, hosts: int = 1) -> Split:
+    """Open one split of `config.source`; every wrong value is a ValueError of one line."""
+    _check(config, split, host, hosts)
+    tokenizer = open_tokenizer(config.tokenizer)
+    corpus = corpora.documents(config)
+    tokens = token_cache.load(corpus, tokenizer, split, config.folder)
+    if not tokens.documents:
+        raise ValueError(
+            f"split {split!r} of source {config.source!r} has no documents; add documents, or "
+            f"name folders {', '.join(corpora.SPLITS)} in a text: source"
+        )
+    layout = packing.lay_out(
+        config.layout, tokens.flat, config.length, config.batch, tokenizer.separator
+    )
+    take = layout.take
+    if split == "train" and config.layout != "stream":
+        take = _shuffled(layout, config.seed)
+    return Split(
+        name=split,
+        config=copy.copy(config),
+        host=host,
+        hosts=hosts,
+        tokenizer=tokenizer,
+        fingerprint=tokens.fingerprint,
+        documents=tokens.documents,
+        bytes=tokens.bytes,
+        tokens=len(tokens.flat) - 1,
+        rows=layout.rows,
+        take=take,
+    )
+
+
+def _check(config: Data, split: str, host: int, hosts: int) -> None:
+    if split not in corpora.SPLITS:
+        nearest = difflib.get_close_matches(split, corpora.SPLITS, 1, 0)[0]
+        choice = ", ".join(corpora.SPLITS)
+        raise ValueError(f"unknown split {split!r}: it must be one of {choice}; nearest: {nearest}")
+    if config.layout not in packing.LAYOUTS:
+        packing.lay_out(config.layout, np.zeros(0), 0, 0, 0)
+    if config.length < 2:
+        raise ValueError(f"length {config.length} must be at least 2; nearest: 2")
+    if config.batch < 1:
+        raise ValueError(f"batch {config.batch} must be at least 1; nearest: 1")
+    if not 0 <= host < hosts:
+        raise ValueError(f"host {host} must be in 0..{hosts - 1} for {hosts} hosts")
+    if config.batch % hosts:
+        nearest = max(1, round(config.batch / hosts)) * hosts
+        raise ValueError(
+            f"batch {config.batch} must be a multiple of the {hosts} hosts; nearest: {nearest}"
+        )
+
+
+def _shuffled(layout: packing.Layout, seed: int) -> Callable[..., packing.Batch]:
+    """`layout.take` with the rows of each epoch in an order of their own."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return permutation(layout.rows, seed, epoch)
+
+    def take(rows: np.ndarray, epochs: np.ndarray) -> packing.Batch:
+        shuffled = rows.copy()
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            shuffled[here] = order(epoch)[rows[here]]
+        return layout.take(shuffled, epochs)
+
+    return take
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """0..size-1 in the order of SplitMix64(key(seed, epoch) + i), int64.
+
+    Our own, so that no release of NumPy or Grain can change the order of a run.
+    """
+    key = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    mixed += np.frombuffer(key[:8], "<u8")[0]
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.argsort(mixed, kind="stable")
+
+
+def _seconds(call: Callable[[int], object], count: int) -> float:
+    start = time.perf_counter()
+    for i in range(count):
+        call(i)
+    return (time.perf_counter() - start) / count
+
+
+def bench(config: Data, count: int) -> Iterator[dict[str, object]]:
+    """Per layout: time to open, fill, microseconds a batch and million tokens a second.
+
+    "direct" is `batch(i)` called in turn, "prefetched" the next of `batches()`; the best of five
+    interleaved rounds of `count` batches each.
+    """
+    for layout in packing.LAYOUTS:
+        start = time.perf_counter()
+        split = open_split(dataclasses.replace(config, layout=layout), "train")
+        opened = time.perf_counter() - start
+        batches = split.batches()
+        next(batches)
+        split.batch(0)
+        ways = {"direct": split.batch, "prefetched": lambda _, it=batches: next(it)}
+        best = dict.fromkeys(ways, float("inf"))
+        for _ in range(5):
+            for way, call in ways.items():
+                best[way] = min(best[way], _seconds(call, count))
+        batches.close()
+        line: dict[str, object] = {"layout": layout, "open_s": round(opened, 3)}
+        line["fill"] = round(split.fill, 4)
+        for way, seconds in best.items():
+            line[f"{way}_us"] = round(seconds * 1e6, 1)
+            line[f"{way}_Mtok_s"] = round(config.batch * config.length / seconds / 1e6, 1)
+        yield line
+
+
+def main() -> None:
+    """Print what a source holds; with --bench, how fast each layout gives batches."""
+    parser = argparse.ArgumentParser(prog="python -m data.pipeline", description=main.__doc__)
+    for field in ("source", "tokenizer", "length", "batch", "folder"):
+        default = getattr(Data(), field)
+        parser.add_argument(f"--{field}", type=type(default), default=default)
+    parser.add_argument("--bench", type=int, nargs="?", const=300, default=0, metavar="BATCHES")
+    flags = vars(parser.parse_args())
+    count = flags.pop("bench")
+    try:
+        config = Data(**flags)
+        found = corpora.summary(corpora.documents(config))
+        print(json.dumps({"source": config.source, **found._asdict()}))
+        for line in bench(config, count) if count else ():
+            print(json.dumps(line))
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
