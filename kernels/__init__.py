@@ -1,0 +1,1 @@
+"""Operations: a folder each, with a reference, a chunked XLA form and, where it pays, kernels."""

@@ -1,0 +1,362 @@
+"""Attention over the visible pairs of blocks, with a backward pass of its own."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from kernels import segments as packed
+
+SCORE_BYTES = 8 << 20
+ROWS = 512
+CHUNK_ROWS = 32
+
+
+class Plan(NamedTuple):
+    """What is fixed at compile time: who sees whom, and the blocks of `rows` x `cols` scores."""
+
+    length: int
+    rows: int
+    cols: int
+    causal: bool
+    window: int
+    scale: float
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    window: int = 0,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2) as scans over pairs of blocks.
+
+    Only pairs that hold a visible score are computed, and only pairs cut by the diagonal, the
+    window or the end are masked (all are when `segments` is given).
+    """
+    if q.shape[1] == 1:
+        return _alone(q, v, segments)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    rows, cols = block_sizes(q.shape[0] * q.shape[2], q.shape[1], window)
+    plan = Plan(q.shape[1], rows, cols, causal, window, scale)
+    common = jnp.result_type(q, k, v)
+    padding = -plan.length % rows
+    docs = None if segments is None else _documents(segments, padding)
+    out = _flash(*(_pad(x.astype(common), padding) for x in (q, k, v)), docs, plan)
+    return out[:, : plan.length].astype(v.dtype)
+
+
+def cached_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    segments: Int[Array, "B T"] | None = None,
+    kv_segments: Int[Array, "B S"] | None = None,
+    window: int = 0,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """Whole rows of scores, for at most a chunk of queries at a time; a scan if there are more.
+
+    The backward pass of a scan forms each chunk's scores again.
+    """
+    (batch, length, heads, _), slots = q.shape, k.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    common = jnp.result_type(q, k, v)
+    q_BTHK, k_BSGK, v_BSGV = (x.astype(common) for x in (q, k, v))
+
+    def attend(q_BCHK, position_BC, segment_BC):
+        visible_BCS = _visible_slots(position_BC, kv_positions, segment_BC, kv_segments, window)
+        return _attend(q_BCHK, k_BSGK, v_BSGV, visible_BCS, scale).astype(v.dtype)
+
+    count = math.ceil(length / max(SCORE_BYTES // (4 * batch * heads * slots), CHUNK_ROWS))
+    if count == 1:
+        return attend(q_BTHK, positions, segments)
+
+    def split(x):
+        pad = [(0, 0), (0, -length % count)] + [(0, 0)] * (x.ndim - 2)
+        return rearrange(jnp.pad(x, pad), "b (n c) ... -> n b c ...", n=count)
+
+    def step(_, chunk):
+        return None, jax.checkpoint(attend, prevent_cse=False)(*chunk)
+
+    _, out_NBCHV = jax.lax.scan(step, None, jax.tree.map(split, (q_BTHK, positions, segments)))
+    return rearrange(out_NBCHV, "n b c h v -> b (n c) h v")[:, :length]
+
+
+def _alone(q: Array, v: Array, segments: Array | None) -> Array:
+    """A row of one token: its value. The gradients of q and k are exactly zero, without noise."""
+    out_B1HV = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    if segments is None:
+        return out_B1HV
+    return jnp.where(packed.is_real(segments)[:, :, None, None], out_B1HV, 0)
+
+
+def block_sizes(batch_heads: int, length: int, window: int) -> tuple[int, int]:
+    """(rows, cols) of a block; cols divides rows.
+
+    About an eighth of the row, so that little is computed above the diagonal; no more than the
+    window; and about SCORE_BYTES of scores at most.
+    """
+    rows = min(ROWS, max(128, length // 8))
+    if window:
+        rows = min(rows, max(64, window))
+    while rows > 128 and batch_heads * rows * min(rows, 256) * 4 > SCORE_BYTES:
+        rows //= 2
+    count = math.ceil(length / rows)
+    if count == 1:
+        return length, length
+    rows = math.ceil(length / count / 32) * 32
+    return rows, rows // 2 if rows > 256 else rows
+
+
+def _documents(segments: Int[Array, "B T"], padding: int) -> Int[Array, "B S"]:
+    """The document of each token, -1 at padding."""
+    docs = jnp.where(packed.is_real(segments), packed.ordinals(segments), -1)
+    return jnp.pad(docs, ((0, 0), (0, padding)), constant_values=-1)
+
+
+def _pad(x: Array, padding: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+
+def block_pairs(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs seen in full, pairs cut by a mask), each (n, 2): block of queries, block of keys."""
+    blocks = math.ceil(plan.length / plan.rows)
+    i, j = np.meshgrid(np.arange(blocks), np.arange(blocks * plan.rows // plan.cols), indexing="ij")
+    first_q, last_q = i * plan.rows, np.minimum((i + 1) * plan.rows, plan.length) - 1
+    first_k, last_k = j * plan.cols, (j + 1) * plan.cols - 1
+    seen, full = first_k < plan.length, last_k < plan.length
+    if plan.causal:
+        seen &= first_k <= last_q
+        full &= last_k <= first_q
+    if plan.window:
+        seen &= first_q - last_k < plan.window
+        full &= last_q - first_k < plan.window
+    pairs = np.stack([i, j], axis=-1).astype(np.int32)
+    return pairs[seen & full], pairs[seen & ~full]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q: Array, k: Array, v: Array, docs: Array | None, plan: Plan) -> Array:
+    return _forward(q, k, v, docs, plan)[0]
+
+
+def _forward(q, k, v, docs, plan):
+    """(out, residuals): for each pair of blocks one step of the online softmax."""
+    wide = _wide(q)
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    q_NBGCK = _blocks(q, plan.rows, groups)
+    k_NBGSK, v_NBGSV = (_blocks(x, plan.cols, groups) for x in (k, v))
+    seen = _visible(plan, docs, repeats, q_axis=-2)
+
+    def step(cut, carry, pair):
+        top_NBGC1, sum_NBGC1, o_NBGCV = carry
+        i, j = pair
+        s_BGCS = _dot("bgck,bgsk->bgcs", _at(q_NBGCK, i), _at(k_NBGSK, j))
+        if cut or docs is not None:
+            s_BGCS = jnp.where(seen(i, j, cut), s_BGCS, -jnp.inf)
+        before_BGC1 = _at(top_NBGC1, i)
+        top_BGC1 = plan.scale * jnp.max(s_BGCS, axis=-1, keepdims=True)
+        top_BGC1 = jnp.maximum(before_BGC1, top_BGC1)
+        p_BGCS = jnp.exp(plan.scale * s_BGCS - top_BGC1)
+        keep_BGC1 = jnp.exp(before_BGC1 - top_BGC1)
+        sum_BGC1 = keep_BGC1 * _at(sum_NBGC1, i) + jnp.sum(p_BGCS, axis=-1, keepdims=True)
+        o_BGCV = _dot("bgcs,bgsv->bgcv", p_BGCS.astype(v.dtype), _at(v_NBGSV, j))
+        o_BGCV += keep_BGC1 * _at(o_NBGCV, i)
+        new = (top_BGC1, sum_BGC1, o_BGCV)
+        return tuple(_put(a, b, i) for a, b in zip(carry, new, strict=True)), None
+
+    # The lowest finite number, not -inf: exp(-inf - -inf) is NaN in rows that see nothing.
+    one_NBGC1 = jnp.ones((*q_NBGCK.shape[:-1], 1), wide)
+    zero_NBGCV = jnp.zeros((*q_NBGCK.shape[:-1], v.shape[3]), wide)
+    carry = (jnp.finfo(wide).min * one_NBGC1, 0 * one_NBGC1, zero_NBGCV)
+    for pairs, cut in zip(block_pairs(plan), (False, True), strict=True):
+        carry = _scan(functools.partial(step, cut), carry, pairs)
+    top_NBGC1, sum_NBGC1, o_NBGCV = carry
+    sum_NBGC1 = jnp.where(sum_NBGC1 > 0, sum_NBGC1, 1)
+    out = _rows(o_NBGCV / sum_NBGC1, plan.rows)
+    return out.astype(v.dtype), (q, k, v, docs, out, top_NBGC1 + jnp.log(sum_NBGC1))
+
+
+def _backward(plan, residuals, d_out):
+    """The gradients, from scores computed again with keys down and queries across.
+
+    Of its five products only one (dq) then contracts over the leading axis of the scores, which
+    is the slow way on a CPU; with queries down it would be two.
+    """
+    q, k, v, docs, out, lse_NBGC1 = residuals
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    delta = jnp.sum(d_out.astype(out.dtype) * out, axis=-1, keepdims=True)
+    q_NBGCK, d_NBGCV = (_blocks(x, plan.rows, groups) for x in (q, d_out))
+    k_NBGSK, v_NBGSV = (_blocks(x, plan.cols, groups) for x in (k, v))
+    k_NBGKS = jax.lax.optimization_barrier(k_NBGSK.swapaxes(-1, -2))
+    lse_NBG1C = lse_NBGC1.swapaxes(-1, -2)
+    delta_NBG1C = _blocks(delta, plan.rows, groups).swapaxes(-1, -2)
+    seen = _visible(plan, docs, repeats, q_axis=-1)
+
+    def step(cut, carry, pair):
+        dq_NBGKC, dk_NBGSK, dv_NBGSV = carry
+        i, j = pair
+        q_BGCK, d_BGCV = _at(q_NBGCK, i), _at(d_NBGCV, i)
+        s_BGSC = _dot("bgsk,bgck->bgsc", _at(k_NBGSK, j), q_BGCK)
+        s_BGSC = plan.scale * s_BGSC - _at(lse_NBG1C, i)
+        if cut or docs is not None:
+            s_BGSC = jnp.where(seen(i, j, cut), s_BGSC, -jnp.inf)
+        p_BGSC = jnp.exp(s_BGSC)
+        dp_BGSC = _dot("bgsv,bgcv->bgsc", _at(v_NBGSV, j), d_BGCV)
+        ds_BGSC = (p_BGSC * (dp_BGSC - _at(delta_NBG1C, i))).astype(q.dtype)
+        dq_BGKC = _at(dq_NBGKC, i) + _dot("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
+        dk_BGSK = _at(dk_NBGSK, j) + _dot("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
+        dv_BGSV = _dot("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV) + _at(dv_NBGSV, j)
+        return (
+            _put(dq_NBGKC, dq_BGKC, i),
+            _put(dk_NBGSK, dk_BGSK, j),
+            _put(dv_NBGSV, dv_BGSV, j),
+        ), None
+
+    shapes = (q_NBGCK.swapaxes(-1, -2).shape, k_NBGSK.shape, v_NBGSV.shape)
+    carry = tuple(jnp.zeros(shape, _wide(q)) for shape in shapes)
+    for pairs, cut in zip(block_pairs(plan), (False, True), strict=True):
+        by_keys = pairs[np.argsort(pairs[:, 1], kind="stable")]
+        carry = _scan(functools.partial(step, cut), carry, by_keys)
+    dq_NBGKC, dk_NBGSK, dv_NBGSV = carry
+    dq = plan.scale * _rows(dq_NBGKC.swapaxes(-1, -2), plan.rows)
+    dk, dv = plan.scale * _rows(dk_NBGSK, plan.cols), _rows(dv_NBGSV, plan.cols)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def _wide(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _dot(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))
+
+
+def _blocks(x_BTHK: Array, size: int, groups: int) -> Array:
+    """(B, T, H, K) -> (N, B, G, H/G x size, K): the heads of a group become rows."""
+    return rearrange(x_BTHK, "b (n c) (g r) k -> n b g (r c) k", c=size, g=groups)
+
+
+def _rows(x_NBGCK: Array, size: int) -> Array:
+    """The inverse of `_blocks`."""
+    return rearrange(x_NBGCK, "n b g (r c) k -> b (n c) (g r) k", c=size)
+
+
+def _at(x: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x: Array, block: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, block, i, 0)
+
+
+def _scan(step: Callable, carry: tuple, pairs: np.ndarray) -> tuple:
+    if len(pairs) == 0:
+        return carry
+    return jax.lax.scan(step, carry, (pairs[:, 0], pairs[:, 1]))[0]
+
+
+def _visible(plan: Plan, docs: Array | None, repeats: int, *, q_axis: int) -> Callable:
+    """The function (i, j, cut) -> mask of one pair of blocks, queries along `q_axis` (-2 or -1)."""
+    k_axis = -3 - q_axis
+    row, col = np.tile(np.arange(plan.rows), repeats), np.arange(plan.cols)
+
+    def inside(i, j):
+        q_pos = jnp.expand_dims(i * plan.rows + row, k_axis)
+        k_pos = jnp.expand_dims(j * plan.cols + col, q_axis)
+        visible = k_pos < plan.length
+        if plan.causal:
+            visible &= k_pos <= q_pos
+        if plan.window:
+            visible &= q_pos - k_pos < plan.window
+        return visible
+
+    if docs is None:
+        return lambda i, j, cut: inside(i, j)
+    q_doc_NBC = jnp.tile(rearrange(docs, "b (n c) -> n b c", c=plan.rows), repeats)
+    k_doc_NBS = rearrange(docs, "b (n s) -> n b s", s=plan.cols)
+
+    def mask(i, j, cut):
+        q_doc = jnp.expand_dims(_at(q_doc_NBC, i)[:, None], k_axis)
+        k_doc = jnp.expand_dims(_at(k_doc_NBS, j)[:, None], q_axis)
+        visible = (q_doc == k_doc) & (k_doc >= 0)
+        return visible & inside(i, j) if cut else visible
+
+    return mask
+
+
+def _visible_slots(position_BC, kv_positions, segment_BC, kv_segments, window) -> Array:
+    """(B, C, S): which slots of the cache each query sees."""
+    distance_BCS = position_BC[:, :, None] - kv_positions[:, None, :]
+    visible_BCS = (kv_positions[:, None, :] >= 0) & (distance_BCS >= 0)
+    if window:
+        visible_BCS &= distance_BCS < window
+    if segment_BC is not None:
+        visible_BCS &= segment_BC[:, :, None] == kv_segments[:, None, :]
+        visible_BCS &= segment_BC[:, :, None] != 0
+    return visible_BCS
+
+
+def _attend(q_BCHK: Array, k_BSGK: Array, v_BSGV: Array, visible_BCS: Array, scale) -> Array:
+    """Softmax attention by its definition, in the products' wide type."""
+    if q_BCHK.shape[1] > 1:
+        return _attend_by_group(q_BCHK, k_BSGK, v_BSGV, visible_BCS, scale=scale)
+    return jax.lax.platform_dependent(
+        q_BCHK,
+        k_BSGK,
+        v_BSGV,
+        visible_BCS,
+        cpu=functools.partial(_attend_across_groups, scale=scale),
+        default=functools.partial(_attend_by_group, scale=scale),
+    )
+
+
+def _attend_by_group(q_BCHK, k_BSGK, v_BSGV, visible_BCS, *, scale):
+    q_BCGRK = rearrange(q_BCHK, "b c (g r) k -> b c g r k", g=k_BSGK.shape[2])
+    s_BGRCS = scale * _dot("bcgrk,bsgk->bgrcs", q_BCGRK, k_BSGK)
+    p_BGRCS, sum_BGRC1 = _powers(s_BGRCS, visible_BCS[:, None, None])
+    o_BGRCV = _dot("bgrcs,bsgv->bgrcv", p_BGRCS.astype(v_BSGV.dtype), v_BSGV) / sum_BGRC1
+    return rearrange(o_BGRCV, "b g r c v -> b c (g r) v")
+
+
+def _attend_across_groups(q_B1HK, k_BSGK, v_BSGV, visible_B1S, *, scale):
+    """One query: each head as a row over all groups' keys, zero outside its own group.
+
+    XLA on a CPU copies a whole cache to bring the group in front of the slot. Multiplying by
+    zeros instead is free as long as reading the cache is what takes the time.
+    """
+    own_GJ = jnp.eye(k_BSGK.shape[2], dtype=k_BSGK.dtype)
+    q_BGRK = rearrange(q_B1HK, "b 1 (g r) k -> b g r k", g=k_BSGK.shape[2])
+    q_BHX = rearrange(jnp.einsum("bgrk,gj->bgrjk", q_BGRK, own_GJ), "b g r j k -> b (g r) (j k)")
+    s_BHS = scale * _dot("bhx,bsx->bhs", q_BHX, rearrange(k_BSGK, "b s g k -> b s (g k)"))
+    p_BHS, sum_BH1 = _powers(s_BHS, visible_B1S)
+    v_BSX = rearrange(v_BSGV, "b s g v -> b s (g v)")
+    o_BHX = _dot("bhs,bsx->bhx", p_BHS.astype(v_BSX.dtype), v_BSX) / sum_BH1
+    o_BGRJV = rearrange(o_BHX, "b (g r) (j v) -> b g r j v", g=own_GJ.shape[0], j=own_GJ.shape[0])
+    return rearrange(jnp.einsum("bgrjv,gj->bgrv", o_BGRJV, own_GJ), "b g r v -> b 1 (g r) v")
+
+
+def _powers(scores: Array, visible: Array) -> tuple[Array, Array]:
+    """(exp(scores - max) where visible, their sum or 1 if it is 0), over the last axis."""
+    scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    powers = jnp.where(visible, jnp.exp(scores - top), 0)
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    return powers, jnp.where(total > 0, total, 1)

@@ -1,0 +1,367 @@
+"""Every implementation of every operation against its reference in float64.
+
+Operations are the folders of kernels/ that hold a cases.py; implementations are the modules beside
+it. Nothing is named here, so a new folder is tested as soon as it exists. What an operation needs:
+
+- `kernels/<op>/__init__.py` exports a function `<op>` that takes `impl`, `segments` if it packs;
+- `cases.draw(rng, *, batch, length, dtype, extreme=False)` returns its keyword arguments, without
+  segments, as NumPy arrays whose shapes depend on batch and length alone;
+- `cases.NO_GRADIENT`, optional: names of floating arguments without a gradient;
+- `cases.NO_GRADIENT_OUTPUTS`, optional: positions of outputs through which no gradient flows.
+"""
+
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from kernels import dispatch
+from tests.tolerance import assert_close
+
+FOLDER = Path(dispatch.__file__).parent
+OPERATIONS = sorted(path.parent.name for path in FOLDER.glob("*/cases.py"))
+CASES = [
+    (operation, impl)
+    for operation in OPERATIONS
+    for impl in dispatch.implementations(operation)
+    if impl != "ref"
+]
+BATCH = 2
+LENGTHS = (1, 3, 63, 64, 130)
+DTYPES = ("float32", "bfloat16")
+Arguments = dict[str, np.ndarray]
+
+
+def public(operation: str) -> Callable:
+    return getattr(importlib.import_module(f"kernels.{operation}"), operation)
+
+
+def cases(operation: str) -> types.ModuleType:
+    return importlib.import_module(f"kernels.{operation}.cases")
+
+
+def takes_segments(operation: str) -> bool:
+    return "segments" in inspect.signature(public(operation)).parameters
+
+
+each_case = pytest.mark.parametrize(("operation", "impl"), CASES)
+each_packed_case = pytest.mark.parametrize(
+    ("operation", "impl"), [case for case in CASES if takes_segments(case[0])]
+)
+
+
+def is_floating(value) -> bool:
+    return isinstance(value, np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def draw(operation: str, length: int, dtype: str, *, seed=0, extreme=False, batch=BATCH) -> dict:
+    rng = np.random.default_rng(seed)
+    return cases(operation).draw(
+        rng, batch=batch, length=length, dtype=jnp.dtype(dtype), extreme=extreme
+    )
+
+
+def pack(runs: Sequence[int], length: int, numbers: int) -> list[int]:
+    """A row of documents (positive runs) and padding (negative runs), repeated until it is full.
+
+    Documents are numbered 1 to `numbers` over and over: a number that comes back is a new document.
+    """
+    row, document = [], 0
+    while len(row) < length:
+        for run in runs:
+            row += [document % numbers + 1 if run > 0 else 0] * abs(run)
+            document += run > 0
+    return row[:length]
+
+
+def layouts(length: int) -> list[np.ndarray]:
+    """Segments (BATCH, length) that cover the ways to pack a row."""
+    ends = [-2, 5, 1, -3, 9, 2, max(length - 30, 1), -200]
+    chunk_edges = [16, 16, 32, 64, 1, 1, -200]
+    pairs = [
+        (pack(ends, length, 1000), pack(chunk_edges, length, 1000)),
+        (pack([1], length, 2), pack([7, -1], length, 3)),
+        (pack([-200], length, 1), pack([200], length, 1)),
+    ]
+    return [np.asarray(pair, np.int32) for pair in pairs]
+
+
+@functools.cache
+def program(operation: str, impl: str, settings: tuple) -> Callable:
+    """Compiled value and gradients, as a function of variables, constants and cotangents."""
+    function = functools.partial(public(operation), impl=impl, **dict(settings))
+    blocked = getattr(cases(operation), "NO_GRADIENT_OUTPUTS", ())
+
+    def cotangent(position, output, value):
+        if not jnp.issubdtype(output.dtype, jnp.floating):
+            return np.zeros(output.shape, jax.dtypes.float0)
+        return jnp.zeros_like(output) if position in blocked else value.astype(output.dtype)
+
+    def run(variables, constants, cotangents):
+        outputs, pullback = jax.vjp(lambda given: function(**given, **constants), variables)
+        leaves, tree = jax.tree.flatten(outputs)
+        pairs = zip(leaves, cotangents, strict=True)
+        given = [cotangent(n, leaf, value) for n, (leaf, value) in enumerate(pairs)]
+        return leaves, pullback(jax.tree.unflatten(tree, given))[0]
+
+    # The reference runs a few times a program, so that most of its cost would be compilation.
+    hurried = {"xla_backend_optimization_level": 0} if impl == "ref" else None
+    return jax.jit(run, compiler_options=hurried)
+
+
+def split(operation: str, arguments: dict) -> tuple[Arguments, Arguments, tuple]:
+    """Arguments to differentiate, arrays to leave alone, and settings that are no arrays."""
+    constant = getattr(cases(operation), "NO_GRADIENT", ())
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    settings = {name: value for name, value in arguments.items() if name not in arrays}
+    variables = {n: v for n, v in arrays.items() if is_floating(v) and n not in constant}
+    constants = {n: v for n, v in arrays.items() if n not in variables}
+    return variables, constants, tuple(sorted(settings.items()))
+
+
+def output_shapes(operation: str, impl: str, arguments: dict) -> list[jax.ShapeDtypeStruct]:
+    variables, constants, settings = split(operation, arguments)
+    function = functools.partial(public(operation), impl=impl, **dict(settings))
+    return jax.tree.leaves(jax.eval_shape(lambda a: function(**a), variables | constants))
+
+
+def draw_cotangents(outputs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[np.ndarray]:
+    """Random, and rounded as the outputs are, so that the reference gets the same numbers."""
+    rng = np.random.default_rng([seed, 1])
+    floating = [jnp.issubdtype(output.dtype, jnp.floating) for output in outputs]
+    dtypes = [o.dtype if f else np.float32 for o, f in zip(outputs, floating, strict=True)]
+    return [rng.normal(size=o.shape).astype(d) for o, d in zip(outputs, dtypes, strict=True)]
+
+
+def to_float64(arrays):
+    return jax.tree.map(lambda x: x.astype(np.float64) if is_floating(x) else x, arrays)
+
+
+def evaluate(operation: str, impl: str, arguments: dict, cotangents: list, *, wide=False):
+    """(outputs, gradients by name) as NumPy arrays; in float64 throughout if `wide`."""
+    variables, constants, settings = split(operation, arguments)
+    given = (variables, constants, cotangents)
+    with jax.enable_x64(wide):
+        found = program(operation, impl, settings)(*(to_float64(given) if wide else given))
+        return jax.tree.map(np.asarray, found)
+
+
+@functools.cache
+def token_arguments(operation: str) -> frozenset[str]:
+    """Names of the arguments whose second axis is time."""
+    short, long = (draw(operation, length, "float32") for length in (5, 6))
+    arrays = [name for name, value in short.items() if isinstance(value, np.ndarray)]
+    return frozenset(n for n in arrays if short[n].shape[1:2] != long[n].shape[1:2])
+
+
+def assert_padding_is_silent(operation, segments, outputs, gradients) -> None:
+    """The first output, if it is one value a token, and gradients of tokens are zero at padding."""
+    padding = segments == 0
+    values = {
+        f"gradient of {n}": gradients[n] for n in gradients if n in token_arguments(operation)
+    }
+    if outputs[0].shape[:2] == padding.shape:
+        values["output"] = outputs[0]
+    for what, value in values.items():
+        assert not np.any(value[padding].astype(np.float64)), f"{what} at padding is not zero."
+
+
+def assert_matches_reference(operation, impl, arguments, dtype, *, seed=0, wide=False) -> None:
+    """Value and every gradient of one set of arguments, within the limit of `dtype`."""
+    shapes = output_shapes(operation, "ref", arguments)
+    cotangents = draw_cotangents(shapes, seed)
+    outputs, gradients = evaluate(operation, impl, arguments, cotangents, wide=wide)
+    expected, slopes = evaluate(operation, "ref", arguments, cotangents, wide=True)
+    if not wide:
+        assert [o.dtype for o in outputs] == [s.dtype for s in shapes]
+    for position, (found, want) in enumerate(zip(outputs, expected, strict=True)):
+        assert_close(found, want, dtype, f"output {position}")
+    for name, want in slopes.items():
+        assert_close(gradients[name], want, dtype, f"gradient of {name}")
+    if arguments.get("segments") is not None:
+        assert_padding_is_silent(operation, arguments["segments"], outputs, gradients)
+
+
+def test_there_is_something_to_test():
+    assert CASES
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_cases_keep_their_contract(operation):
+    for length in (1, 5):
+        for dtype in DTYPES:
+            kinds = []
+            for seed, extreme in ((0, False), (1, False), (2, True)):
+                drawn = draw(operation, length, dtype, seed=seed, extreme=extreme)
+                assert "segments" not in drawn and "impl" not in drawn
+                assert set(drawn) <= set(inspect.signature(public(operation)).parameters)
+                floating = {n: v for n, v in drawn.items() if is_floating(v)}
+                assert {v.dtype.name for v in floating.values()} <= {dtype, "float32"}
+                assert dtype in {v.dtype.name for v in floating.values()}
+                assert all(np.isfinite(v.astype(np.float64)).all() for v in floating.values())
+                kinds.append({n: getattr(v, "shape", v) for n, v in drawn.items()})
+            assert kinds[0] == kinds[1] == kinds[2], "shapes depend on more than batch and length."
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_matches_reference(operation, impl, length, dtype):
+    for extreme in (False, True):
+        arguments = draw(operation, length, dtype, seed=length, extreme=extreme)
+        assert_matches_reference(operation, impl, arguments, dtype)
+        if takes_segments(operation):
+            for segments in layouts(length):
+                assert_matches_reference(operation, impl, arguments | {"segments": segments}, dtype)
+
+
+@each_case
+def test_matches_reference_on_long_rows(operation, impl):
+    arguments = draw(operation, 1000, "float32", seed=9)
+    if takes_segments(operation):
+        arguments["segments"] = np.asarray(
+            [pack([-3, 300, 1, -7, 500, 189], 1000, 9), pack([900, -100], 1000, 9)], np.int32
+        )
+    assert_matches_reference(operation, impl, arguments, "float32")
+
+
+@each_case
+def test_float64_in_gives_float64_accuracy(operation, impl):
+    """Tells a rounding error from a wrong formula."""
+    for extreme in (False, True):
+        arguments = draw(operation, 64, "float32", extreme=extreme)
+        if takes_segments(operation):
+            arguments["segments"] = layouts(64)[0]
+        assert_matches_reference(operation, impl, arguments, "float64", wide=True)
+
+
+@each_case
+def test_the_same_call_gives_the_same_bits(operation, impl):
+    arguments = draw(operation, 130, "float32")
+    if takes_segments(operation):
+        arguments["segments"] = layouts(130)[0]
+    cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
+    first, second = (evaluate(operation, impl, arguments, cotangents) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@each_packed_case
+def test_padding_may_hold_anything(operation, impl):
+    """Other numbers at padding change no bit of any output, nor of any other token's gradient."""
+    arguments = draw(operation, 130, "float32", seed=3)
+    other = draw(operation, 130, "float32", seed=4, extreme=True)
+    arguments["segments"] = segments = layouts(130)[0]
+    changed = dict(arguments)
+    for name in token_arguments(operation):
+        value = arguments[name]
+        padding = (segments == 0).reshape(segments.shape + (1,) * (value.ndim - 2))
+        changed[name] = np.where(padding, other[name], value)
+    cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
+    first = evaluate(operation, impl, arguments, cotangents)
+    second = evaluate(operation, impl, changed, cotangents)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@each_case
+def test_eager_equals_jit(operation, impl):
+    arguments = draw(operation, 63, "float32")
+    if takes_segments(operation):
+        arguments["segments"] = layouts(63)[0]
+    cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
+    compiled, _ = evaluate(operation, impl, arguments, cotangents)
+    arrays = {n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}
+    eager = jax.tree.leaves(public(operation)(**arrays, impl=impl))
+    for position, (found, want) in enumerate(zip(eager, compiled, strict=True)):
+        assert_close(found, want, "float32", f"output {position}")
+
+
+@each_case
+def test_a_batch_sharded_over_devices_gives_the_same(operation, impl):
+    arguments = draw(operation, 64, "float32")
+    larger = draw(operation, 64, "float32", batch=2 * BATCH)
+    if takes_segments(operation):
+        arguments["segments"] = layouts(64)[0]
+        larger["segments"] = np.concatenate([arguments["segments"]] * 2)
+    cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(name, value):
+        if not isinstance(value, np.ndarray):
+            return value
+        dims = [
+            "data" if a != b else None for a, b in zip(value.shape, larger[name].shape, strict=True)
+        ]
+        spec = jax.sharding.PartitionSpec(*dims)
+        return jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
+
+    variables, constants, settings = split(operation, arguments)
+    placed = [{n: place(n, v) for n, v in group.items()} for group in (variables, constants)]
+    outputs, gradients = program(operation, impl, settings)(*placed, cotangents)
+    expected, slopes = evaluate(operation, impl, arguments, cotangents)
+    for position, (found, want) in enumerate(zip(outputs, expected, strict=True)):
+        assert_close(found, want, "float32", f"output {position}")
+    for name, want in slopes.items():
+        assert_close(gradients[name], want, "float32", f"gradient of {name}")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_unknown_implementation_raises_and_names_the_known(operation):
+    drawn = draw(operation, 3, "float32")
+    arrays = {n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in drawn.items()}
+    with pytest.raises(ValueError, match="has no implementation 'fastest'") as error:
+        public(operation)(**arrays, impl="fastest")
+    for impl in dispatch.implementations(operation):
+        assert impl in str(error.value)
+
+
+runs = st.lists(st.one_of(st.integers(1, 70), st.integers(-9, -1)), min_size=1, max_size=8)
+random_case = hypothesis.given(
+    length=st.sampled_from(LENGTHS),
+    dtype=st.sampled_from(DTYPES),
+    extreme=st.booleans(),
+    rows=st.none() | st.lists(runs, min_size=BATCH, max_size=BATCH),
+    numbers=st.integers(2, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def check_random_case(operation, impl, length, dtype, extreme, rows, numbers, seed):
+    arguments = draw(operation, length, dtype, seed=seed, extreme=extreme)
+    if rows is not None and takes_segments(operation):
+        packed = [pack(row, length, numbers) for row in rows]
+        arguments["segments"] = np.asarray(packed, np.int32)
+    assert_matches_reference(operation, impl, arguments, dtype, seed=seed)
+
+
+repeatable = functools.partial(
+    hypothesis.settings,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+@each_case
+@repeatable(max_examples=200)
+@random_case
+def test_random_cases_match_reference(operation, impl, **case):
+    """The programs are those of `test_matches_reference`: no shape class is compiled twice."""
+    check_random_case(operation, impl, **case)
+
+
+@pytest.mark.long
+@each_case
+@repeatable(max_examples=2000)
+@random_case
+def test_many_random_cases_match_reference(operation, impl, **case):
+    check_random_case(operation, impl, **case)
