@@ -1,0 +1,400 @@
+"""Checkpoints under kills, damage, full disks, other meshes: bit-exact, or refused in one line."""
+
+import contextlib
+import errno
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from training import checkpoint, manifest
+from training.checkpoint import Checkpoints, NoUsableCheckpoint, StorageError
+
+
+def bits(tree) -> list[tuple]:
+    """Every leaf as dtype, shape and bytes: equal lists are bit-equal trees."""
+    words = [checkpoint._words(leaf) for leaf in jax.tree.leaves(tree)]
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in words]
+
+
+def abstract(tree, sharding=None):
+    """The tree's shapes and dtypes, every leaf with the same sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def small_tree(seed: int):
+    """Nested dicts, an optax state of NamedTuples, scalars, NaN and -0, bfloat16, random keys."""
+    draw = np.random.default_rng(seed).standard_normal
+    params = {
+        "embed": jnp.asarray(draw((32, 8)), jnp.float32),
+        "b": {"w": jnp.asarray(draw((8, 4)))},
+    }
+    key = jax.random.key(seed)
+    return {
+        "step": jnp.asarray(seed, jnp.int32),
+        "params": params,
+        "optimizer": optax.adamw(1e-3).init(params),
+        "odd": (jnp.asarray([np.nan, -0.0, np.inf]), jnp.asarray(draw(3), jnp.bfloat16)),
+        "flag": jnp.asarray(True),
+        "empty": jnp.zeros((0, 3)),
+        "keys": [key, jax.random.split(key, 4), jax.random.key(seed, impl="rbg")],
+    }
+
+
+@pytest.fixture
+def said():
+    """The lines that were printed for the user."""
+    return []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def opened(folder, said):
+    """Open the run's checkpoints; everything opened is closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options):
+            made = Checkpoints(folder, warn=said.append, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A folder with the steps 100 and 200, never changed by a test."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(100, small_tree(100), {"metric": 2.0})
+        checkpoints.save(200, small_tree(200), {"metric": 3.0})
+    return folder
+
+
+def files_of(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_round_trip(opened, said):
+    tree = small_tree(7)
+    checkpoints = opened()
+    assert checkpoints.restore(abstract(tree)) is None and checkpoints.steps() == []
+    meta = {"data": "0123", "metric": 2.5, "nested": {"position": [1, 2]}}
+    checkpoints.save(7, tree, meta)
+    meta["nested"]["position"].append(3)  # after save returns nothing of the caller's is read
+    checkpoints.wait()
+    restored, found = checkpoints.restore(abstract(tree))
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    assert bits(restored) == bits(tree)
+    assert found == {"data": "0123", "metric": 2.5, "nested": {"position": [1, 2]}, "step": 7}
+    for old, new in zip(tree["keys"], restored["keys"], strict=True):
+        assert new.dtype == old.dtype and jax.random.key_impl(new) == jax.random.key_impl(old)
+    draw = jax.random.normal(tree["keys"][0], (4,))
+    assert np.array_equal(jax.random.normal(restored["keys"][0], (4,)), draw)
+    assert said == []
+
+
+def test_arrays_and_a_part(two_steps):
+    tree = small_tree(200)
+    stored = checkpoint.arrays(two_steps)
+    named = checkpoint._named(jax.tree.map(checkpoint._words, tree))
+    expected = [np.asarray(named[name]) for name in sorted(named)]
+    assert [x.tobytes() for x in stored] == [x.tobytes() for x in expected]
+    part, _ = checkpoint.restore(two_steps, {"params": abstract(tree["params"])}, only="params")
+    assert bits(part) == bits({"params": tree["params"]})
+
+
+def test_saved_tree_may_be_donated_at_once(opened):
+    checkpoints = opened()
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    for step in range(1, 4):
+        values = np.random.default_rng(step).standard_normal((4, 300, 300)).astype(np.float32)
+        tree = [jnp.array(value) for value in values]
+        shapes = abstract(tree)
+        checkpoints.save(step, tree, {})
+        jax.block_until_ready(overwrite(tree))
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(shapes)
+        assert [np.asarray(x).tobytes() for x in restored] == [v.tobytes() for v in values]
+
+
+def test_restored_tree_is_owned_by_xla(two_steps):
+    tree = small_tree(200)
+    restored, _ = checkpoint.restore(two_steps, abstract(tree))
+    weight = restored["params"]["embed"]
+    where = weight.unsafe_buffer_pointer()
+    grown = jax.jit(lambda x: x + 1, donate_argnums=0)(weight)
+    # The update happened in place: the buffer was XLA's own and not a view of foreign memory.
+    assert weight.is_deleted() and grown.unsafe_buffer_pointer() == where
+    assert np.array_equal(np.asarray(grown), np.asarray(tree["params"]["embed"] + 1))
+
+
+def mesh_of(devices: int):
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (4, 2)])
+def test_other_device_counts(opened, before, after):
+    values = np.random.default_rng(0).standard_normal((8, 12)).astype(np.float32)
+    tree = {"split": values, "whole": values[:3], "key": jax.random.split(jax.random.key(1), 8)}
+    specs = {"split": P("data"), "whole": P(), "key": P("data")}
+
+    def shardings(devices):
+        return {name: NamedSharding(mesh_of(devices), spec) for name, spec in specs.items()}
+
+    tree = jax.device_put(tree, shardings(before))
+    (checkpoints := opened()).save(1, tree, {})
+    target = {n: abstract(tree[n], where) for n, where in shardings(after).items()}
+    restored, _ = checkpoints.restore(target)
+    assert bits(restored) == bits(tree)
+    for name, where in shardings(after).items():
+        assert restored[name].sharding.is_equivalent_to(where, restored[name].ndim), name
+    assert len(restored["split"].addressable_shards) == after
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = random.Random(path.name).randrange(8 * len(content))
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def zero_page(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(bytes(min(4096, len(content))) + content[4096:])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, zero_page, Path.unlink])
+def test_damage_to_each_file(two_steps, tmp_path, harm):
+    tree, harmed = small_tree(100), 0
+    for place, original in enumerate(files_of(two_steps / "200")):
+        if original.stat().st_size == 0 and harm is not Path.unlink:
+            continue  # nothing in it to damage
+        copy, said = tmp_path / str(place), []
+        shutil.copytree(two_steps, copy)
+        harm(copy / original.relative_to(two_steps))
+        restored, meta = checkpoint.restore(copy, abstract(tree), warn=said.append)
+        assert meta["step"] == 100 and bits(restored) == bits(tree), original
+        harmed += 1
+        if original.name == manifest.MARKER and harm is Path.unlink:
+            assert said == [], "without its marker a step is none"
+            continue
+        assert len(said) == 1 and original.name in said[0], (original, said)
+        assert said[0].startswith("checkpoint error: step 200 failed its checksum (file ")
+        assert said[0].endswith(". Using step 100.")
+    assert harmed >= 8
+
+
+def test_swapped_extra_and_moved_files(two_steps, tmp_path):
+    tree = small_tree(100)
+    sizes = {path.stat().st_size: path for path in files_of(two_steps / "200" / "state")}
+    *_, second, first = sorted(sizes)
+
+    def swap(step):
+        one, two = (step / sizes[n].relative_to(two_steps / "200") for n in (first, second))
+        spare = one.with_name("spare")
+        one.rename(spare)
+        two.rename(one)
+        spare.rename(two)
+
+    def add(step):
+        (step / "state" / "extra").write_bytes(b"x")
+
+    def exchange(step):
+        shutil.rmtree(step)
+        shutil.copytree(step.with_name("100"), step)
+
+    for harm in (swap, add, exchange):
+        copy, said = tmp_path / harm.__name__, []
+        shutil.copytree(two_steps, copy)
+        harm(copy / "200")
+        restored, meta = checkpoint.restore(copy, abstract(tree), warn=said.append)
+        assert meta["step"] == 100 and bits(restored) == bits(tree) and len(said) == 1, harm
+
+
+def test_all_damaged(two_steps, tmp_path):
+    copy, said = tmp_path / "copy", []
+    shutil.copytree(two_steps, copy)
+    for step in ("100", "200"):
+        flip(max(files_of(copy / step), key=lambda path: path.stat().st_size))
+    with pytest.raises(NoUsableCheckpoint, match="step 100 .*, step 200 ") as caught:
+        checkpoint.restore(copy, abstract(small_tree(1)), warn=said.append)
+    assert caught.value.code == 3 and "\n" not in str(caught.value) and said == []
+
+
+def test_damaged_step_is_written_again_and_goes(two_steps, folder, opened, said):
+    shutil.copytree(two_steps, folder)
+    flip(max(files_of(folder / "200"), key=lambda path: path.stat().st_size))
+    checkpoints = opened(keep=3, keep_best=0)
+    assert checkpoints.restore(abstract(small_tree(1))).meta["step"] == 100
+    checkpoints.save(150, small_tree(150), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [100, 150] and len(said) == 1
+    checkpoints.save(200, small_tree(200), {})
+    assert bits(checkpoints.restore(abstract(small_tree(1))).tree) == bits(small_tree(200))
+
+
+def test_committed_step_is_left_alone(two_steps, folder, opened):
+    shutil.copytree(two_steps, folder)
+    checkpoints = opened()
+    before = (folder / "200" / manifest.MARKER).stat().st_mtime_ns
+    checkpoints.save(200, small_tree(200), {})
+    checkpoints.wait()
+    assert (folder / "200" / manifest.MARKER).stat().st_mtime_ns == before
+
+
+def test_retention(opened):
+    checkpoints = opened(keep=2, keep_best=1)
+    metrics = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 2.5, 6: 0.5, 7: None}
+    expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [5, 6], 7: [6, 7]}
+    for step, metric in metrics.items():
+        checkpoints.save(step, {"w": jnp.ones(3)}, {} if metric is None else {"metric": metric})
+        checkpoints.wait()
+        assert checkpoints.steps() == expected[step], step
+        assert manifest.present(checkpoints.folder) == expected[step]
+    with pytest.raises(ValueError, match="checkpoint.keep=0"):
+        opened(keep=0)
+
+
+def test_mismatched_trees(two_steps):
+    tree = small_tree(1)
+    more = tree | {"params": tree["params"] | {f"new{i}": jnp.ones(1) for i in range(12)}}
+    fewer = tree | {"params": {"b": tree["params"]["b"]}}
+    shaped = tree | {"step": jnp.zeros(2, jnp.int32)}
+    typed = tree | {"flag": jnp.ones((), jnp.int8), "keys": [*tree["keys"][:2], tree["keys"][0]]}
+    for wrong, text in (
+        (more, r"12 missing: params/new0, (params/new\d+, ){9}\.\.\."),
+        (fewer, "1 unexpected: params/embed"),
+        (shaped, r"1 of another shape: step \(\), now \(2,\)"),
+        (typed, r"2 of another dtype: flag bool, now int8, keys/2 key<rbg>, now key<fry>"),
+    ):
+        with pytest.raises(ValueError, match=text) as caught:
+            checkpoint.restore(two_steps, abstract(wrong))
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(opened):
+    checkpoints = opened()
+    with pytest.raises(ValueError, match="leaf a is no jax.Array"):
+        checkpoints.save(1, {"a": np.ones(2)}, {})
+    with pytest.raises(ValueError, match="both named a/b"):
+        checkpoints.save(1, {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {})
+    with pytest.raises(ValueError, match="no leaves"):
+        checkpoints.save(1, {}, {})
+    with pytest.raises(TypeError):
+        checkpoints.save(1, {"a": jnp.ones(2)}, {"bad": object()})
+    assert checkpoints.steps() == []
+
+
+def test_full_disk(opened, said, monkeypatch):
+    checkpoints = opened()
+
+    def save(step):
+        checkpoints.save(step, {"w": jnp.full(5, step)}, {})
+
+    save(1)
+    checkpoints.wait()
+    real = manifest.write_atomic
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(manifest, "write_atomic", full)
+    save(2)
+    save(3)  # says that 2 failed
+    assert said == [
+        "checkpoint error: step 2 could not be saved (No space left on device). "
+        "Step 1 is still the newest one."
+    ]
+    checkpoints.wait()
+    assert len(said) == 2 and checkpoints.failures == 2
+    assert manifest.present(checkpoints.folder) == [1], "what failed is removed at once"
+    monkeypatch.setattr(manifest, "write_atomic", real)
+    save(4)
+    checkpoints.wait()
+    assert checkpoints.failures == 0 and checkpoints.steps() == [1, 4]
+    monkeypatch.setattr(manifest, "write_atomic", full)
+    for step in (5, 6, 7):
+        save(step)
+    with pytest.raises(StorageError, match="3 saves in a row failed") as caught:
+        save(8)
+    assert caught.value.code == 4 and "\n" not in str(caught.value)
+    restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((5,), jnp.int32)})
+    assert np.asarray(restored["w"]).tolist() == [4] * 5
+
+
+def test_write_error_in_the_array_files(opened, said):
+    checkpoints = opened()
+    tree = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        checkpoints.save(1, tree, {})
+        checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and "step 1 could not be saved (File too large)" in said[0]
+    checkpoints.save(2, tree, {})
+    assert bits(checkpoints.restore(abstract(tree)).tree) == bits(tree)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_every_moment_of_sealing_and_removing(tmp_path, monkeypatch):
+    """Stop before the n-th change of the disk, for every n: a listed step is always whole."""
+    calls = 0
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    act = {"seal": lambda at: manifest.seal(at, {"step": 2}), "remove": manifest.remove}
+    for action, whole in (("seal", [1, 2]), ("remove", [1])):
+        finished, limit = False, 0
+        while not finished:
+            folder = tmp_path / f"{action}{limit}"
+            for step in ("1", "2"):
+                (folder / step / "state").mkdir(parents=True)
+                (folder / step / "state" / "data").write_bytes(b"data")
+            calls = 10**6
+            manifest.seal(folder / "1", {"step": 1})
+            if action == "remove":
+                manifest.seal(folder / "2", {"step": 2})
+            calls = limit
+            with contextlib.suppress(Killed):
+                act[action](folder / "2")
+                finished = True
+            steps = manifest.committed(folder)
+            assert 1 in steps and all(manifest.damage(folder / str(s)) == "" for s in steps)
+            assert steps == whole or not finished
+            limit += 1
+        assert limit >= (8 if action == "seal" else 3)

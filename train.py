@@ -1,0 +1,116 @@
+"""Train one experiment: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same --workdir resumes. Any field of the config is a flag: --config.model.width=512.
+Exit codes: 0 done or saved on SIGTERM/SIGINT, 2 bad configuration, 3 no usable checkpoint,
+4 storage, 5 non-finite updates, 6 no progress.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+from configs import loading
+
+OPTIONS = {
+    "workdir": "",  # "": runs/NAME, after the config file
+    "dry_run": False,  # print the plan and stop
+    "profile": "",  # A:B writes a trace of steps A to B
+    "distributed": False,  # several hosts: jax.distributed.initialize() before anything else
+    "debug": False,  # show tracebacks of configuration errors
+}
+
+
+def main() -> int:
+    """Read the command line, train, and print what came out."""
+    (experiment,), options = loading.parse(sys.argv[1:], OPTIONS, single=True)
+
+    import jax
+
+    if options["distributed"]:
+        jax.distributed.initialize()
+    from training import guards, log, loop
+
+    if options["dry_run"]:
+        with loading.configuration():
+            plan = loop.make_plan(experiment)
+        log.print_block(loop.describe(plan, 0, loop.compile_step(plan)))
+        return 0
+    workdir = options["workdir"] or f"runs/{Path(options['config'][0].partition(':')[0]).stem}"
+    try:
+        with loading.configuration():
+            result = loop.train(experiment, workdir, loading.span(options["profile"]))
+    except guards.Stop as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    if jax.process_index() == 0:
+        conclude(result)
+    return 0
+
+
+def conclude(result) -> None:
+    """Print the score, a sample, what the run took, and where its files are."""
+    experiment = result.plan.experiment
+    if not result.finished:
+        print(f"stopped and saved at step {result.step}; the same --workdir goes on from there.")
+        return
+    print(f"\nvalidation bits per byte: {result.validation_bits_per_byte:.4f}")
+    text, rate = sample(result) if experiment.evaluation.sample_tokens else ("", None)
+    if text:
+        print(f"sample at temperature {experiment.evaluation.temperature}:\n{text}\n")
+    show_resources(result, rate)
+    for name, path in result.paths.items():
+        print(f"{name}: {path}")
+
+
+def sample(result) -> tuple[str, float]:
+    """Text that the model writes after the config's prompt, and tokens written per second."""
+    import time
+
+    import jax
+    import numpy as np
+
+    from inference.generate import generate
+
+    settings, tokenizer = result.plan.experiment.evaluation, result.plan.train.tokenizer
+    prompt = np.asarray([[tokenizer.separator, *tokenizer.encode(settings.sample_prompt.encode())]])
+    write = functools.partial(
+        generate,
+        result.model,
+        prompt.astype(np.int32),
+        settings.sample_tokens,
+        key=jax.random.key(result.plan.experiment.seed),
+        temperature=settings.temperature,
+    )
+    tokens = np.asarray(write())[0]  # compiles
+    start = time.perf_counter()
+    write().block_until_ready()
+    seconds = time.perf_counter() - start
+    return settings.sample_prompt + tokenizer.decode(tokens), settings.sample_tokens / seconds
+
+
+def show_resources(result, decode_rate: float | None) -> None:
+    """The resource table of the run itself; eval.py measures a config in full."""
+    from resources import compute, memory, report, throughput
+    from resources.report import Row
+
+    plan, trainer = result.plan, result.plan.trainer
+    tokens = plan.experiment.data.batch * plan.experiment.data.length
+    executed = compute.executed_flops(trainer.step.trace(trainer.abstract, trainer.batch).jaxpr)
+    state = memory.tree_bytes(lambda: result.model.init_state(1, 1024))
+    rows = [
+        Row("training", result.tokens_per_second, "tok/s", "measured"),
+        Row("executed FLOPs, training", executed.total / tokens, "FLOP/token", "compiled"),
+        Row("state at 1k tokens", state, "B", "compiled"),
+    ]
+    planned = memory.program_bytes(result.program)
+    if planned is not None:
+        rows.append(Row("memory of a training step", planned.peak, "B", "compiled"))
+    if decode_rate is not None:
+        rows.append(Row("decoding, batch 1", decode_rate, "tok/s", "measured"))
+    column = report.Column("this run", "", rows)
+    device, versions = throughput.device_name(), report.versions()
+    report.show(report.Report([column], device, versions, report.commit()))
+
+
+if __name__ == "__main__":
+    loading.run(main)

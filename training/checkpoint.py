@@ -1,0 +1,362 @@
+"""Checkpoints: Orbax writes the arrays in the background, a manifest proves them, a marker commits.
+
+A step counts only when all its files are on the disk with their SHA-256 (training/manifest.py).
+What a kill leaves half written is removed at the next start; what a disk damages is passed over.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from training import guards, manifest
+from training.manifest import committed as committed
+
+STATE = "state"  # the folder in a step that Orbax fills
+MOST_FAILURES = 3  # failed saves in a row that end a run
+MOST_NAMES = 10  # names in a list of mismatched leaves
+
+# Orbax logs tracebacks from each of its threads; a failed save is reported in one line, here.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class NoUsableCheckpoint(guards.Stop):
+    """Checkpoints exist and every one of them is damaged."""
+
+    code = guards.NO_CHECKPOINT
+
+
+class StorageError(guards.Stop):
+    """`MOST_FAILURES` saves in a row failed."""
+
+    code = guards.STORAGE
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: the tree, and `meta` with its step under "step"."""
+
+    tree: Any
+    meta: dict
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def restore(
+    folder: Path, abstract_tree: Any, *, only: str = "", warn: Callable[[str], None] = _warn
+) -> Restored | None:
+    """The newest undamaged checkpoint of `folder`, laid out as `abstract_tree` says; None if none.
+
+    Leaves of `abstract_tree` are `jax.ShapeDtypeStruct`s; each array comes back with that sharding
+    (none: on the default device), bit for bit, in memory of its own that may be donated. With
+    `only="params"` the tree holds just those leaves whose names start with "params/". Each damaged
+    step costs one warning. Raises NoUsableCheckpoint if all are damaged, and ValueError if the
+    leaves differ from those that were saved. Reads only; every process must call it.
+    """
+    step = _newest_good(Path(folder), {}, warn)
+    return None if step is None else _load(Path(folder) / str(step), abstract_tree, only)
+
+
+def arrays(folder: Path, warn: Callable[[str], None] = _warn) -> list[np.ndarray]:
+    """All arrays of the newest undamaged checkpoint, in the order of their names; keys as words."""
+    step = _newest_good(Path(folder), {}, warn)
+    if step is None:
+        return []
+    path = Path(folder) / str(step)
+    leaves = manifest.read(path)["leaves"]
+    loaded = _read(path, leaves, {name: None for name in leaves})
+    return [np.asarray(loaded[name]) for name in sorted(loaded)]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`: saved in the background, verified, thinned out.
+
+    Keeps the `keep` newest steps and the `keep_best` with the lowest finite `meta["metric"]`.
+    Opening removes what killed saves left, so only the run that writes may open it; others use
+    `restore` and `committed`. Processes share the folder: all write arrays, process 0 the rest.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_best: int = 1,
+        warn: Callable[[str], None] = _warn,
+    ):
+        if keep < 1 or keep_best < 0:
+            raise ValueError(
+                f"checkpoint.keep={keep}, checkpoint.keep_best={keep_best}: use at least 1 and 0."
+            )
+        self.folder = Path(folder)
+        self.failures = 0  # failed saves in a row
+        self._keep, self._keep_best, self._warn = keep, keep_best, warn
+        self._damaged: dict[int, str] = {}
+        self._thread: threading.Thread | None = None
+        self._failed: tuple[int, Exception] | None = None
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for step in manifest.present(self.folder):
+                if not (self.folder / str(step) / manifest.MARKER).exists():
+                    manifest.remove(self.folder / str(step))
+                    warn(f"checkpoint: removed the unfinished save of step {step}.")
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return committed(self.folder)
+
+    def restore(self, abstract_tree: Any) -> Restored | None:
+        """`restore` of this folder; damaged steps found here go when the next save is committed."""
+        self._join()
+        step = _newest_good(self.folder, self._damaged, self._warn)
+        return None if step is None else _load(self.folder / str(step), abstract_tree, "")
+
+    def save(self, step: int, tree: Any, meta: dict) -> None:
+        """Copy the arrays of `tree`, then write them and `meta` (JSON values) in the background.
+
+        Once it returns, `tree` may be donated. Waits for a save still in flight and reports it if
+        it failed; raises StorageError if that was the third in a row. A step that is committed and
+        undamaged is left as it is. Leaves must be `jax.Array`s (ValueError), global ones where
+        there are several processes.
+        """
+        self.wait()
+        path = self.folder / str(step)
+        values = _named(tree)
+        foreign = [name for name, value in values.items() if not isinstance(value, jax.Array)]
+        if foreign:
+            raise ValueError(f"checkpoint leaf {foreign[0]} is no jax.Array. Use jnp.asarray.")
+        # Through JSON and back: a bad meta is refused here, and a later change does not reach it.
+        meta = json.loads(json.dumps(meta | {"step": step}))
+        head = {"step": step, "meta": meta, "leaves": _leaves(values)}
+        if _agree(step in self.steps() and not manifest.damage(path)):
+            return
+        try:
+            if jax.process_index() == 0:
+                manifest.remove(path)
+            stored = {name: _words(value) for name, value in values.items() if value.size}
+            response = ocp.save_async(str((path / STATE).absolute()), stored)
+        except Exception as error:  # whatever a full or broken disk makes of it
+            self._fail(step, error)
+            return
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, response, head), name=f"save {step}"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once nothing is being written; report a failed save, or raise StorageError."""
+        self._join()
+        if self._failed is None:
+            return
+        (step, error), self._failed = self._failed, None
+        steps = self.steps()
+        left = f"Step {steps[-1]} is still the newest one." if steps else "There is no other one."
+        line = f"checkpoint error: step {step} could not be saved ({_reason(error)}). {left}"
+        if self.failures >= MOST_FAILURES:
+            raise StorageError(f"{line} {self.failures} saves in a row failed.") from error
+        self._warn(line)
+
+    def close(self) -> None:
+        """`wait`, but only warns: for the way out, where another error may be on its way."""
+        try:
+            self.wait()
+        except StorageError as error:
+            self._warn(str(error))
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _finish(self, step: int, response, head: dict) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                manifest.seal(self.folder / str(step), head)
+        except Exception as error:  # a save that fails must not end the run
+            self._fail(step, error)
+            return
+        self.failures = 0
+        self._damaged.pop(step, None)
+        if jax.process_index() == 0:
+            self._thin_out(step)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.failures += 1
+        self._failed = (step, error)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                manifest.remove(self.folder / str(step))
+
+    def _thin_out(self, newest: int) -> None:
+        # `newest` has just been read back and hashed: with it kept, a good step always remains.
+        good = [step for step in self.steps() if step not in self._damaged]
+        scored = [(_metric(self.folder / str(step)), -step) for step in good]
+        best = sorted(pair for pair in scored if math.isfinite(pair[0]))[: self._keep_best]
+        kept = {newest, *good[-self._keep :], *(-step for _, step in best)}
+        for step in manifest.marked(self.folder):
+            if step not in kept:
+                with contextlib.suppress(OSError):
+                    manifest.remove(self.folder / str(step))
+                    self._damaged.pop(step, None)
+
+
+def _agree(value: int) -> int:
+    """Process 0's `value`, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by name, the path joined with "/"; ValueError if two share a name or none is there."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "leaf"
+        if name in named:
+            raise ValueError(f"two leaves of the tree are both named {name}. Rename one.")
+        named[name] = leaf
+    if not named:
+        raise ValueError("the tree has no leaves: there is nothing to save or restore.")
+    return named
+
+
+def _is_key(leaf) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _words(value: jax.Array) -> jax.Array:
+    """A random key as the integers it is made of; any other array as it is."""
+    return jax.random.key_data(value) if _is_key(value) else value
+
+
+def _leaves(values: dict[str, Any]) -> dict[str, dict]:
+    """Shape and dtype by name; for random keys also their words' and the name of the generator."""
+    described = {}
+    for name, value in values.items():
+        described[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
+        if _is_key(value):
+            words = jax.eval_shape(jax.random.key_data, value)
+            described[name]["key"] = str(jax.random.key_impl(value))
+            described[name]["words"] = {"shape": list(words.shape), "dtype": str(words.dtype)}
+    return described
+
+
+def _metric(path: Path) -> float:
+    """The step's validation metric; NaN where it has none or cannot be read."""
+    try:
+        return float(manifest.read(path)["meta"]["metric"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return math.nan
+
+
+def _newest_good(folder: Path, damaged: dict[int, str], warn: Callable[[str], None]) -> int | None:
+    """Newest undamaged step (None: no step at all); fills `damaged` and warns of each of them."""
+    good = _agree(_search(folder, damaged) if jax.process_index() == 0 else 0)
+    if good == -2:
+        found = ", ".join(f"step {step} (file {damaged[step]})" for step in sorted(damaged))
+        raise NoUsableCheckpoint(
+            f"checkpoint error: no checkpoint in {folder} passes its checksum: {found or 'none'}. "
+            "Put an undamaged copy back or start with another workdir."
+        )
+    for step in sorted((step for step in damaged if step > good), reverse=True):
+        warn(
+            f"checkpoint error: step {step} failed its checksum (file {damaged[step]}). "
+            f"Using step {good}."
+        )
+    return None if good == -1 else good
+
+
+def _search(folder: Path, damaged: dict[int, str]) -> int:
+    """Newest undamaged step; -1 if there are no steps, -2 if all of them are damaged."""
+    for step in reversed(manifest.marked(folder)):
+        file = manifest.damage(folder / str(step))
+        if not file:
+            return step
+        # Without a marker by now, the run that owns the folder has just removed this step.
+        if (folder / str(step) / manifest.MARKER).exists():
+            damaged[step] = file
+    return -2 if damaged else -1
+
+
+def _load(path: Path, abstract_tree: Any, only: str) -> Restored:
+    sealed = manifest.read(path)
+    leaves, wanted = sealed["leaves"], _named(abstract_tree)
+    if only:
+        leaves = {name: leaf for name, leaf in leaves.items() if name.startswith(only + "/")}
+    _refuse_mismatch(path.name, leaves, wanted)
+    loaded = _read(path, sealed["leaves"], {n: leaf.sharding for n, leaf in wanted.items()})
+    values = []
+    for name, leaf in wanted.items():
+        value = loaded.pop(name)
+        if leaf.sharding is None:
+            value = jnp.asarray(np.asarray(value))  # not tied to a device
+        # Orbax may hand out host memory that XLA does not own: a copy can be donated safely.
+        value = jnp.copy(value)
+        key = leaves[name].get("key")
+        values.append(jax.random.wrap_key_data(value, impl=key) if key else value)
+    return Restored(jax.tree.unflatten(jax.tree.structure(abstract_tree), values), sealed["meta"])
+
+
+def _read(path: Path, leaves: dict[str, dict], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+    """The named arrays of a step, with their shardings (None: the first local device)."""
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    request, empty = {}, {}
+    for name, leaf in leaves.items():
+        stored = leaf.get("words", leaf)
+        shape, dtype = tuple(stored["shape"]), jnp.dtype(stored["dtype"])
+        where = shardings.get(name) or default
+        if math.prod(leaf["shape"]) == 0:  # Orbax stores no empty arrays
+            empty[name] = jnp.zeros(shape, dtype, device=where)
+        elif name in shardings:
+            request[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        else:
+            request[name] = ocp.PLACEHOLDER
+    loaded = ocp.load(str((path / STATE).absolute()), request) if request else {}
+    return {name: (loaded | empty)[name] for name in shardings}
+
+
+def _refuse_mismatch(step: str, stored: dict[str, dict], wanted: dict[str, Any]) -> None:
+    """ValueError unless names, shapes and dtypes of stored and wanted leaves are equal."""
+    shared = [name for name in wanted if name in stored]
+    shapes = [(n, tuple(stored[n]["shape"]), tuple(wanted[n].shape)) for n in shared]
+    dtypes = [(n, stored[n]["dtype"], str(wanted[n].dtype)) for n in shared]
+    groups = {
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [name for name in stored if name not in wanted],
+        "of another shape": [f"{n} {old}, now {new}" for n, old, new in shapes if old != new],
+        "of another dtype": [f"{n} {old}, now {new}" for n, old, new in dtypes if old != new],
+    }
+    parts = []
+    for what, names in groups.items():
+        if names:
+            more = ", ..." if len(names) > MOST_NAMES else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:MOST_NAMES])}{more}")
+    if parts:
+        raise ValueError(
+            f"checkpoint error: step {step} does not fit this model. {'; '.join(parts)}. "
+            "Use the config it was saved with, or another workdir."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a few words: the system's, where the error carries them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    system = re.search(r"([^:\[]+) \[os_error_code", text)
+    return system.group(1).strip() if system else text[:200]

@@ -1,0 +1,259 @@
+"""One run: open the data, build the step, resume, train, validate, save; `_run` is the loop."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from configs import schema
+from data.pipeline import Split, open_split
+from models import lm
+from parallel.mesh import make_mesh
+from training import guards, plot
+from training.checkpoint import Checkpoints
+from training.log import Log
+from training.step import State, Trainer, make_trainer, put_batch
+
+
+class Plan(NamedTuple):
+    """Everything decided before the first step."""
+
+    experiment: schema.Experiment
+    mesh: jax.sharding.Mesh
+    trainer: Trainer
+    train: Split
+    validation: Split
+
+
+@dataclasses.dataclass
+class Result:
+    """What a finished run leaves: the model, its score and where its files are."""
+
+    plan: Plan
+    model: lm.LM
+    step: int
+    validation_bits_per_byte: float
+    tokens_per_second: float  # of training steps after compilation, this run only
+    program: Any  # the compiled training step
+    paths: dict[str, Path]
+    finished: bool  # False: stopped by a signal and saved
+
+
+def make_plan(experiment: schema.Experiment) -> Plan:
+    """Mesh, data and step of `experiment`; ValueError where they do not fit together."""
+    host, hosts = jax.process_index(), jax.process_count()
+    mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
+    train = open_split(experiment.data, "train", host, hosts)
+    validation = open_split(experiment.data, "validation", host, hosts)
+    words = train.tokenizer.vocabulary
+    if experiment.model.vocabulary < words:
+        raise ValueError(
+            f"model.vocabulary={experiment.model.vocabulary} is smaller than the tokenizer's "
+            f"{words}. Use {words} or more."
+        )
+    lengths = np.zeros(experiment.model.vocabulary, np.float32)
+    lengths[:words] = train.tokenizer.byte_lengths
+    return Plan(experiment, mesh, make_trainer(experiment, mesh, lengths), train, validation)
+
+
+def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
+    """The start block: what will run, on what, and how large it is."""
+    experiment, params = plan.experiment, plan.trainer.abstract.params
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    outer = params["embed"].size + (params["head"].size if "head" in params else 0)
+    device = jax.devices()[0]
+    tokens = experiment.data.batch * experiment.data.length
+    rows = {
+        "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} host(s)",
+        "mesh": ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items()),
+        "parameters": f"{total:,} total, {total - outer:,} non-embedding, {total:,} active",
+        "data": f"{experiment.data.source}: {plan.train.tokens:,} training tokens "
+        f"({plan.train.fingerprint[:12]})",
+        "tokens per step": f"{tokens:,} ({experiment.data.batch} x {experiment.data.length})",
+        "steps": f"{experiment.steps:,} ({experiment.steps / len(plan.train):.2f} epochs)",
+    }
+    if program is not None:
+        memory = program.memory_analysis()
+        size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        rows["memory estimate"] = f"{size / 2**20:,.0f} MiB per device (compiled)"
+    return rows | {"resume step": f"{resume_step:,}"}
+
+
+def compile_step(plan: Plan):
+    """The training step, compiled for the shapes of the plan."""
+    with jax.set_mesh(plan.mesh):
+        return plan.trainer.step.lower(plan.trainer.abstract, plan.trainer.batch).compile()
+
+
+def train(experiment: schema.Experiment, workdir: str, profile: tuple[int, int] | None) -> Result:
+    """Train, resuming from `workdir` where it holds a checkpoint of the same experiment.
+
+    `profile=(a, b)` writes a trace of steps a to b. Raises the errors of `training.guards` and
+    `training.checkpoint`; SIGTERM and SIGINT save the current step and return.
+    """
+    folder = Path(workdir)
+    guards.preflight(folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(guards.RunLock(folder))
+        stop = stack.enter_context(guards.GracefulStop())
+        plan = make_plan(experiment)
+        log = stack.enter_context(Log(folder, experiment.steps))
+        saved = experiment.checkpoint
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=saved.keep, keep_best=saved.keep_best
+        )
+        stack.callback(checkpoints.close)
+        stack.enter_context(jax.set_mesh(plan.mesh))
+        return _run(plan, log, checkpoints, stop, profile)
+
+
+def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Result:
+    experiment, trainer = plan.experiment, plan.trainer
+    with log.phase("compile"):
+        program = compile_step(plan)
+    with log.phase("restore"):
+        state, start = _resume(plan, checkpoints)
+    log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
+    bad = guards.BadSteps(experiment.guards.max_bad_steps)
+    pending, score, clock = None, math.nan, _Clock()
+    with contextlib.ExitStack() as stack:
+        watchdog = guards.Watchdog(experiment.guards.hang_timeout_s, log.folder)
+        stack.enter_context(watchdog)
+        batches = stack.enter_context(contextlib.closing(plan.train.batches(start)))
+        for step in range(start + 1, experiment.steps + 1):
+            _profile(profile, step, log.folder)
+            with log.phase("data"):
+                rows = next(batches)
+            with log.phase("step"):
+                state, metrics = program(state, put_batch(trainer.batch, rows))
+                # Read the step before while this one runs, so the device never waits for the host.
+                _report(log, bad, pending, experiment.log_every, clock)
+            pending = (step, metrics)
+            watchdog.beat()
+            last = step == experiment.steps or stop.requested
+            due = _due(experiment.evaluation.every_steps, step)
+            if due or step == experiment.steps:
+                with log.phase("evaluation"):
+                    score = evaluate(plan, state.params, experiment.evaluation.batches)
+                log.record(step, {"validation_bits_per_byte": score})
+            if last or _due(experiment.checkpoint.every_steps, step):
+                _report(log, bad, pending, experiment.log_every, clock)
+                pending = None
+                with log.phase("save"):
+                    checkpoints.save(step, state, _meta(plan, step, score))
+            if last:
+                break
+    with log.phase("save"):
+        checkpoints.wait()
+    if start == experiment.steps:  # nothing was left to do but to say how good it is
+        score = evaluate(plan, state.params, experiment.evaluation.batches)
+    return _finish(plan, log, checkpoints, state, score, program, clock)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Clock:
+    """Tokens and seconds of steady steps, compilation and the first step left out."""
+
+    def __init__(self):
+        self.tokens, self.start, self.stop = 0, None, None
+
+    def add(self, tokens: int) -> float:
+        """Count one finished step; tokens per second so far (0 after the first)."""
+        now = time.perf_counter()
+        if self.start is None:
+            self.start = self.stop = now
+            return 0.0
+        self.tokens, self.stop = self.tokens + tokens, now
+        return self.rate()
+
+    def rate(self) -> float:
+        """Tokens per second of the counted steps."""
+        return self.tokens / (self.stop - self.start) if self.tokens else 0.0
+
+
+def _report(log: Log, bad: guards.BadSteps, pending, every: int, clock: _Clock) -> None:
+    """Wait for the pending step; check it, and write it where it is due."""
+    if pending is None:
+        return
+    step, metrics = pending
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad.update(bool(metrics.pop("finite")), step)
+    tokens, size = metrics.pop("tokens"), metrics.pop("bytes")
+    rate = clock.add(int(tokens))
+    if step % every == 0 or step == 1:
+        bits = metrics["loss"] * tokens / max(size, 1.0) / math.log(2)
+        log.record(step, metrics | {"bits_per_byte": bits, "tokens_per_s": rate})
+
+
+def _resume(plan: Plan, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The newest good state with its step, or a fresh one; ValueError for another experiment's."""
+    restored = checkpoints.restore(plan.trainer.abstract)
+    if restored is None:
+        return plan.trainer.init(), 0
+    state, meta = restored
+    for what, now in (("model", _model_print(plan)), ("data", plan.train.fingerprint)):
+        if meta[what] != now:
+            raise ValueError(
+                f"the checkpoint in {checkpoints.folder} was written with another {what} "
+                f"({meta[what][:12]}, now {now[:12]}). Use another --workdir or the old config."
+            )
+    return state, int(meta["step"])
+
+
+def _model_print(plan: Plan) -> str:
+    return schema.fingerprint(plan.experiment.model)
+
+
+def _meta(plan: Plan, step: int, score: float) -> dict:
+    data = plan.train.fingerprint
+    return {"step": step, "metric": score, "model": _model_print(plan), "data": data}
+
+
+def evaluate(plan: Plan, params, batches: int) -> float:
+    """Bits per byte over the first `batches` validation batches (0: all)."""
+    nats = size = 0.0
+    count = min(batches or len(plan.validation), len(plan.validation))
+    for index in range(count):
+        batch = put_batch(plan.trainer.batch, plan.validation.batch(index))
+        total, read = plan.trainer.evaluate(params, batch)
+        nats, size = nats + float(total), size + float(read)
+    return nats / max(size, 1.0) / math.log(2)
+
+
+def _profile(span, step: int, folder: Path) -> None:
+    if span and step == span[0]:
+        jax.profiler.start_trace(str(folder / "profile"))
+    if span and step == span[1] + 1:
+        jax.profiler.stop_trace()
+
+
+def _finish(plan, log, checkpoints, state, score, program, clock) -> Result:
+    step = int(state.step)
+    picture = log.folder / "loss.png"
+    if log.writes:
+        plot.loss_curve(log.metrics_path, picture, title=plan.experiment.data.source)
+    steps = checkpoints.steps()
+    paths = {
+        "checkpoint": checkpoints.folder / str(steps[-1]) if steps else checkpoints.folder,
+        "metrics": log.metrics_path,
+        "loss curve": picture,
+    }
+    return Result(
+        plan,
+        nnx.merge(plan.trainer.graph, state.params),
+        step,
+        score,
+        clock.rate(),
+        program,
+        paths,
+        step == plan.experiment.steps,
+    )

@@ -1,0 +1,227 @@
+"""The training step: loss, gradient, clipping, guarded update; one jitted function of a state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs.schema import Data, Experiment
+from models import lm
+from parallel import sharding
+from training.optimizer import make_optimizer, schedule
+
+
+class State(NamedTuple):
+    """All that a run carries from step to step, and all that a checkpoint holds."""
+
+    step: jax.Array  # updates done (also the position in the data)
+    params: Any  # float32 master weights, a nested dict
+    optimizer: Any
+    carry: Any  # model state of the rows (truncated BPTT), or ()
+    key: jax.Array  # random state
+
+
+class Trainer(NamedTuple):
+    """A model's graph, its shardings and the functions that work on its state."""
+
+    graph: Any
+    abstract: State  # shapes, dtypes and shardings
+    init: Any  # () -> State
+    step: Any  # (State, batch) -> (State, metrics); donates the state
+    evaluate: Any  # (params, batch) -> (total nll in nats, total bytes)
+    batch: dict[str, Any]  # shape, dtype and sharding of each array of a batch
+
+
+def make_trainer(
+    experiment: Experiment, mesh: jax.sharding.Mesh, byte_lengths: np.ndarray
+) -> Trainer:
+    """Functions for `experiment` on `mesh`; ValueError where model and mesh do not fit.
+
+    `byte_lengths[id]` says how many bytes of text a token stands for.
+    """
+    key = jax.random.key(experiment.seed)
+
+    def build():
+        return experiment.model.build(nnx.Rngs(key))
+
+    model = nnx.eval_shape(build)
+    graph = nnx.split(model)[0]
+    dims = lm.weight_dims(model)
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps, dims)
+    data = experiment.data
+
+    def init() -> State:
+        params = nnx.to_pure_dict(nnx.split(build())[1])
+        carry = build().init_state(data.batch, data.length) if experiment.carry_state else ()
+        step = jnp.zeros((), jnp.int32)
+        return State(step, params, optimizer.init(params), carry, jax.random.fold_in(key, 1))
+
+    abstract = _with_shardings(jax.eval_shape(init), dims, optimizer, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    batch = _abstract_batch(data, mesh)
+    rows = {name: leaf.sharding for name, leaf in batch.items()}
+    one = NamedSharding(mesh, P())
+    update = _update_function(experiment, graph, optimizer, byte_lengths)
+    evaluate = _evaluate_function(graph, byte_lengths)
+    return Trainer(
+        graph,
+        abstract,
+        jax.jit(init, out_shardings=shardings),
+        jax.jit(
+            update, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0
+        ),
+        jax.jit(evaluate, in_shardings=(shardings.params, rows), out_shardings=one),
+        batch,
+    )
+
+
+def _abstract_batch(data: Data, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = data.batch
+    if rows % ways:
+        near = max(ways, round(rows / ways) * ways)
+        raise ValueError(f"data.batch={rows} does not split over {ways} devices. Use {near}.")
+    where = NamedSharding(mesh, sharding.batch_spec(2))
+    dtypes = dict(inputs=jnp.int32, targets=jnp.int32, segments=jnp.int32, weights=jnp.float32)
+    shape = (rows, data.length)
+    return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for n, dtype in dtypes.items()}
+
+
+def put_batch(abstract: dict[str, jax.ShapeDtypeStruct], rows: dict[str, np.ndarray]) -> dict:
+    """This host's rows of a batch as global arrays, each device holding its own."""
+    return {
+        name: jax.make_array_from_process_local_data(leaf.sharding, rows[name], leaf.shape)
+        for name, leaf in abstract.items()
+    }
+
+
+def _with_shardings(abstract: State, dims, optimizer, mesh) -> State:
+    """`abstract` with a sharding on every leaf: weights and moments by name, states by row."""
+
+    def place(path, leaf, names):
+        where = sharding.weight_sharding(mesh, _dotted(path), leaf.shape, names)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    whole = lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())
+    )
+    params = jax.tree_util.tree_map_with_path(place, abstract.params, dims)
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda _, param: param,
+        abstract.optimizer,
+        params,
+        transform_non_params=whole,
+    )
+    return State(
+        whole(abstract.step),
+        params,
+        moments,
+        _place_carry(abstract.carry, mesh),
+        whole(abstract.key),
+    )
+
+
+def _place_carry(carry, mesh):
+    """Rows of carried states lie where the rows of the batch do; stacks have layers in front."""
+    if not carry:
+        return carry
+
+    def place(axis):
+        return lambda tree: jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            tree,
+            sharding.shard_states(mesh, tree, axis),
+        )
+
+    rows, stacked = place(0), place(1)
+    return {
+        "segment": rows(carry["segment"]),
+        "stacks": stacked(carry["stacks"]),
+        "rest": rows(carry["rest"]),
+    }
+
+
+def _dotted(path) -> str:
+    return ".".join(str(part.key) for part in path)
+
+
+def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
+    config = experiment.optimizer
+    rate = schedule(config, experiment.steps)
+
+    def mean_loss(params, batch, weight, carry):
+        model = nnx.merge(graph, params)
+        tokens = (batch["inputs"], batch["targets"], batch["weights"] / weight)
+        if carry:
+            carry = jax.lax.stop_gradient(carry)
+            loss, _, carry = model.loss_and_state(*tokens, segments=batch["segments"], state=carry)
+            return loss, carry
+        return model.loss(*tokens, segments=batch["segments"])[0], carry
+
+    def gradient(params, batch, carry):
+        weight = jnp.maximum(batch["weights"].sum(), 1.0)
+        value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+        if config.accumulation == 1:
+            (loss, carry), grads = value_and_grad(params, batch, weight, carry)
+            return loss, carry, grads
+
+        def add(total, part):
+            (loss, _), grads = value_and_grad(params, part, weight, ())
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        parts = jax.tree.map(lambda x: _split_rows(x, config.accumulation), batch)
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (loss, grads), _ = jax.lax.scan(add, zero, parts)
+        return loss, carry, grads
+
+    def update(state: State, batch) -> tuple[State, dict]:
+        loss, carry, grads = gradient(state.params, batch, state.carry)
+        norm = optax.global_norm(grads)
+        if config.clip_norm:
+            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, moments, carry),
+            (state.params, state.optimizer, state.carry),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "finite": finite,
+            "learning_rate": rate(state.step),
+            "tokens": batch["weights"].sum(),
+            "bytes": _bytes(batch, byte_lengths),
+        }
+        return State(state.step + 1, *kept, state.key), metrics
+
+    return update
+
+
+def _split_rows(x, parts: int):
+    """(B, ...) to (parts, B / parts, ...), row b to part b % parts: devices keep their own rows."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _evaluate_function(graph, byte_lengths):
+    def evaluate(params, batch):
+        model = nnx.merge(graph, params)
+        inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
+        total, _ = model.loss(inputs, targets, weights, segments=batch["segments"])
+        return total, _bytes(batch, byte_lengths)
+
+    return evaluate
+
+
+def _bytes(batch, byte_lengths):
+    """Bytes of text that the weighted targets stand for."""
+    return jnp.sum(batch["weights"] * jnp.asarray(byte_lengths, jnp.float32)[batch["targets"]])
