@@ -22,8 +22,9 @@ def attention(
 
     Attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245): H is a multiple of
     G, and query head h reads key head h // (H / G). A query sees the keys of its own document; if
-    causal, none after itself; with window > 0, only the last `window` tokens, itself included.
-    Padding sees nothing and is seen by nothing: its output and gradients are exactly zero.
+    causal, none after itself; with window > 0, only the last `window` positions of the row, itself
+    included. Padding sees nothing and is seen by nothing: its output and gradients are exactly
+    zero.
 
     scale=None is K**-0.5. Scores and softmax are float32 (float64 for float64 inputs), the output
     has v's dtype. Differentiable (reverse mode) in q, k and v; between the passes only the inputs,

@@ -44,8 +44,6 @@ def attention(
     Only pairs that hold a visible score are computed, and only pairs cut by the diagonal, the
     window or the end are masked (all are when `segments` is given).
     """
-    if q.shape[1] == 1:
-        return _alone(q, v, segments)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     rows, cols = block_sizes(q.shape[0] * q.shape[2], q.shape[1], window)
     plan = Plan(q.shape[1], rows, cols, causal, window, scale)
@@ -94,14 +92,6 @@ def cached_attention(
 
     _, out_NBCHV = jax.lax.scan(step, None, jax.tree.map(split, (q_BTHK, positions, segments)))
     return rearrange(out_NBCHV, "n b c h v -> b (n c) h v")[:, :length]
-
-
-def _alone(q: Array, v: Array, segments: Array | None) -> Array:
-    """A row of one token: its value. The gradients of q and k are exactly zero, without noise."""
-    out_B1HV = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-    if segments is None:
-        return out_B1HV
-    return jnp.where(packed.is_real(segments)[:, :, None, None], out_B1HV, 0)
 
 
 def block_sizes(batch_heads: int, length: int, window: int) -> tuple[int, int]:
@@ -169,10 +159,10 @@ def _forward(q, k, v, docs, plan):
         if cut or docs is not None:
             s_BGCS = jnp.where(seen(i, j, cut), s_BGCS, -jnp.inf)
         before_BGC1 = _at(top_NBGC1, i)
-        top_BGC1 = plan.scale * jnp.max(s_BGCS, axis=-1, keepdims=True)
-        top_BGC1 = jnp.maximum(before_BGC1, top_BGC1)
-        p_BGCS = jnp.exp(plan.scale * s_BGCS - top_BGC1)
-        keep_BGC1 = jnp.exp(before_BGC1 - top_BGC1)
+        top_BGC1 = jnp.maximum(before_BGC1, jnp.max(s_BGCS, axis=-1, keepdims=True))
+        # Scaled after the subtraction: the top key's power is then 1 to the last bit.
+        p_BGCS = jnp.exp(plan.scale * (s_BGCS - top_BGC1))
+        keep_BGC1 = jnp.exp(plan.scale * (before_BGC1 - top_BGC1))
         sum_BGC1 = keep_BGC1 * _at(sum_NBGC1, i) + jnp.sum(p_BGCS, axis=-1, keepdims=True)
         o_BGCV = _dot("bgcs,bgsv->bgcv", p_BGCS.astype(v.dtype), _at(v_NBGSV, j))
         o_BGCV += keep_BGC1 * _at(o_NBGCV, i)
@@ -188,22 +178,26 @@ def _forward(q, k, v, docs, plan):
     top_NBGC1, sum_NBGC1, o_NBGCV = carry
     sum_NBGC1 = jnp.where(sum_NBGC1 > 0, sum_NBGC1, 1)
     out = _rows(o_NBGCV / sum_NBGC1, plan.rows)
-    return out.astype(v.dtype), (q, k, v, docs, out, top_NBGC1 + jnp.log(sum_NBGC1))
+    lse_NBGC1 = plan.scale * top_NBGC1 + jnp.log(sum_NBGC1)
+    return out.astype(v.dtype), (q, k, v, docs, out, lse_NBGC1, sum_NBGC1 == 1)
 
 
 def _backward(plan, residuals, d_out):
     """The gradients, from scores computed again with keys down and queries across.
 
     Of its five products only one (dq) then contracts over the leading axis of the scores, which
-    is the slow way on a CPU; with queries down it would be two.
+    is the slow way on a CPU; with queries down it would be two. Where the softmax is 1 on one key
+    to the last bit, the gradient of the scores is set to zero: it is the difference of two equal
+    sums that were rounded apart.
     """
-    q, k, v, docs, out, lse_NBGC1 = residuals
+    q, k, v, docs, out, lse_NBGC1, sure_NBGC1 = residuals
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     delta = jnp.sum(d_out.astype(out.dtype) * out, axis=-1, keepdims=True)
     q_NBGCK, d_NBGCV = (_blocks(x, plan.rows, groups) for x in (q, d_out))
     k_NBGSK, v_NBGSV = (_blocks(x, plan.cols, groups) for x in (k, v))
     k_NBGKS = jax.lax.optimization_barrier(k_NBGSK.swapaxes(-1, -2))
     lse_NBG1C = lse_NBGC1.swapaxes(-1, -2)
+    mixed_NBG1C = jnp.where(sure_NBGC1, 0, 1).astype(out.dtype).swapaxes(-1, -2)
     delta_NBG1C = _blocks(delta, plan.rows, groups).swapaxes(-1, -2)
     seen = _visible(plan, docs, repeats, q_axis=-1)
 
@@ -217,7 +211,8 @@ def _backward(plan, residuals, d_out):
             s_BGSC = jnp.where(seen(i, j, cut), s_BGSC, -jnp.inf)
         p_BGSC = jnp.exp(s_BGSC)
         dp_BGSC = _dot("bgsv,bgcv->bgsc", _at(v_NBGSV, j), d_BGCV)
-        ds_BGSC = (p_BGSC * (dp_BGSC - _at(delta_NBG1C, i))).astype(q.dtype)
+        ds_BGSC = p_BGSC * (dp_BGSC - _at(delta_NBG1C, i)) * _at(mixed_NBG1C, i)
+        ds_BGSC = ds_BGSC.astype(q.dtype)
         dq_BGKC = _at(dq_NBGKC, i) + _dot("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
         dk_BGSK = _at(dk_NBGSK, j) + _dot("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
         dv_BGSV = _dot("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV) + _at(dv_NBGSV, j)

@@ -18,7 +18,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def vector_chunk(scale, s_BHKV, inputs, within):
     """One chunk of heads with their own gates."""
-    q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = _by_head(scale, s_BHKV.dtype, within, *inputs)
+    q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = by_head(scale, s_BHKV.dtype, within, *inputs)
     a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, _ = halving(q_BHCK, k_BHCK, e_BHCK)
     a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK)
     o_BHCV = jnp.einsum("bhcs,bhsv->bhcv", a_BHCS, v_BHCV)
@@ -38,7 +38,7 @@ def _backward(scale, saved, cotangents):
     ds_BHKV, do = cotangents
     accumulator = s_BHKV.dtype
     do_BHCV = jnp.swapaxes(do, 1, 2).astype(accumulator)
-    q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = _by_head(scale, accumulator, within, *inputs)
+    q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = by_head(scale, accumulator, within, *inputs)
     a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, levels = halving(q_BHCK, k_BHCK, e_BHCK)
     a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK)
     da_BHCS = jnp.einsum("bhcv,bhsv->bhcs", do_BHCV, v_BHCV)
@@ -72,7 +72,7 @@ def _backward(scale, saved, cotangents):
 vector_chunk.defvjp(_forward, _backward)
 
 
-def _by_head(scale, accumulator, within, q, k, v, log_decay):
+def by_head(scale, accumulator, within, q, k, v, log_decay):
     """A chunk's inputs with heads outermost, q scaled, and the gates' exponentials."""
     repeats = v.shape[2] // q.shape[2]
     mask = chunks.masks(within, q.shape[1])

@@ -54,17 +54,16 @@ class Mixer(mixer.Mixer):
         self.cache_shape = (groups, dim)
 
     def __call__(self, x, *, segments=None, state=None):
-        start = 0 if state is None else state["length"]
-        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
+        positions_BT = _positions(old["length"], segments, x.shape[1])
         q_BTHK = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(x.dtype))
         kv_BTPGK = jnp.einsum("btd,dpgk->btpgk", x, self.kv[...].astype(x.dtype))
         k_BTGK, v_BTGK = kv_BTPGK[:, :, 0], kv_BTPGK[:, :, 1]
         if self.rope_base:
-            q_BTHK = layers.rotary(q_BTHK, positions, self.rope_base)
-            k_BTGK = layers.rotary(k_BTGK, positions, self.rope_base)
+            q_BTHK = layers.rotary(q_BTHK, positions_BT, self.rope_base)
+            k_BTGK = layers.rotary(k_BTGK, positions_BT, self.rope_base)
 
-        old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
-        new = _write(old, k_BTGK, v_BTGK, segments)
+        new = _write(old, k_BTGK, v_BTGK, positions_BT, segments)
         if state is None:
             o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, segments)
         elif x.shape[1] == 1:
@@ -72,26 +71,22 @@ class Mixer(mixer.Mixer):
                 q_BTHK,
                 new["k"],
                 new["v"],
-                positions=jnp.broadcast_to(positions, x.shape[:2]),
+                positions=positions_BT,
                 kv_positions=new["place"] - 1,
                 window=self.window,
             )
         else:  # a fresh cache costs nothing; a continued one is read beside the new tokens
             o_BTHK = jax.lax.cond(
-                state["length"] == 0,
+                jnp.all(old["length"] == 0),
                 lambda: self._attend(q_BTHK, k_BTGK, v_BTGK, segments),
-                lambda: self._attend_both(q_BTHK, k_BTGK, v_BTGK, segments, old),
+                lambda: self._attend_both(q_BTHK, k_BTGK, v_BTGK, positions_BT, segments, old),
             )
         return jnp.einsum("bthk,hkd->btd", o_BTHK, self.o[...].astype(x.dtype)), new
 
     def _attend(self, q, k, v, segments):
         return attention(q, k, v, segments=segments, window=self.window)
 
-    def _attend_both(self, q, k, v, segments, cache):
-        batch, length = q.shape[:2]
-        positions = jnp.broadcast_to(
-            cache["length"] + jnp.arange(length, dtype=jnp.int32), (batch, length)
-        )
+    def _attend_both(self, q, k, v, positions, segments, cache):
         kv_segments = None
         if segments is not None:
             first, _ = mixer.first_and_last(segments)
@@ -115,31 +110,39 @@ class Mixer(mixer.Mixer):
             "k": jnp.zeros((batch, slots, *self.cache_shape), dtype),
             "v": jnp.zeros((batch, slots, *self.cache_shape), dtype),
             "place": jnp.zeros((batch, slots), jnp.int32),
-            "length": jnp.zeros((), jnp.int32),
+            "length": jnp.zeros(batch, jnp.int32),
         }
 
 
-def _write(cache, k_BTGK, v_BTGK, segments):
+def _positions(length_B, segments, count):
+    """Tokens of the row before each new one; padding, which is as if it were not there, repeats."""
+    if segments is None:
+        return length_B[:, None] + jnp.arange(count, dtype=jnp.int32)
+    return length_B[:, None] + jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
+
+
+def _write(cache, k_BTGK, v_BTGK, positions_BT, segments):
     """Put the new tokens into the ring; only tokens of the row's last document stay visible."""
-    length, slots = k_BTGK.shape[1], cache["k"].shape[1]
-    positions = cache["length"] + jnp.arange(length, dtype=jnp.int32)
-    place_BT = jnp.broadcast_to(positions + 1, k_BTGK.shape[:2])
-    kept = cache["place"]
+    batch, slots = cache["place"].shape
+    count, kept = k_BTGK.shape[1], cache["place"]
+    total_B = positions_BT[:, -1] + 1
+    written_BT = positions_BT >= total_B[:, None] - slots
     if segments is not None:
         first, last = mixer.first_and_last(segments)
-        place_BT = jnp.where((segments == last[:, None]) & (segments != 0), place_BT, 0)
+        written_BT &= (segments == last[:, None]) & (segments != 0)
         kept = jnp.where((first == last)[:, None], kept, 0)
+    slot_BT = jnp.where(written_BT, positions_BT % slots, slots)  # the last index is dropped
 
     def put(old, new):
-        new = new[:, -slots:].astype(old.dtype)
-        if length == 1:
-            at = (0, cache["length"] % slots, *(0,) * (old.ndim - 2))
+        new = new.astype(old.dtype)
+        if batch == count == 1 and segments is None:  # decoding one row: no scatter
+            at = (0, slot_BT[0, 0], *(0,) * (old.ndim - 2))
             return jax.lax.dynamic_update_slice(old, new, at)
-        return old.at[:, positions[-slots:] % slots].set(new, unique_indices=True)
+        return old.at[jnp.arange(batch)[:, None], slot_BT].set(new, mode="drop")
 
     return {
         "k": put(cache["k"], k_BTGK),
         "v": put(cache["v"], v_BTGK),
-        "place": put(kept, place_BT),
-        "length": cache["length"] + length,
+        "place": put(kept, positions_BT + 1),
+        "length": total_B,
     }

@@ -1,0 +1,78 @@
+"""The (gated) delta rule by chunks: the WY form, one state between chunks.
+
+In a chunk the written rows u_i = beta_i (v_i - what the state recalls for k_i) depend on each other
+through a unit lower triangular matrix; its inverse turns all of them into matmuls
+(arXiv:2406.06484, section 3.2).
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import chunks
+from kernels import segments as packed
+from kernels.delta_rule.scalar_gate import scalar_chunk
+from kernels.delta_rule.vector_gate import vector_chunk
+
+
+def delta_rule(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "..."] | None = None,
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The operation of `kernels.delta_rule`, chunk by chunk; one token goes straight through."""
+    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    batch, length, groups, key_dim = q.shape
+    heads, value_dim = v.shape[2:]
+    scale = key_dim**-0.5 if scale is None else scale
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), accumulator)
+    s_BHKV = initial_state.astype(accumulator)
+    if length == 1:
+        return _one_token(q, k, v, beta, log_decay, segments, s_BHKV, scale)
+
+    chunk = chunks.length_for(length, LONGEST)
+    inputs = chunks.pad((q, k, v, beta, log_decay), chunk)
+    within = chunks.boundaries(chunks.pad(segments, chunk), chunk)
+    if log_decay is not None and log_decay.ndim == 4:
+        body = functools.partial(vector_chunk, scale)
+        s_BHKV, out = chunks.scan(body, chunk, s_BHKV, inputs, within)
+    else:
+        s_BGRKV = s_BHKV.reshape(batch, groups, heads // groups, key_dim, value_dim)
+        body = functools.partial(scalar_chunk, scale)
+        s_BGKRV, out = chunks.scan(body, chunk, jnp.swapaxes(s_BGRKV, 2, 3), inputs, within)
+        s_BHKV = jnp.swapaxes(s_BGKRV, 2, 3).reshape(s_BHKV.shape)
+    return out[:, :length], s_BHKV
+
+
+LONGEST = 32
+
+
+def _one_token(q, k, v, beta, log_decay, segments, s_BHKV, scale):
+    """One update of the state and one read: no chunk, no loop."""
+    accumulator = s_BHKV.dtype
+    repeats = v.shape[2] // q.shape[2]
+    q_BHK = scale * jnp.repeat(q[:, 0], repeats, axis=1).astype(accumulator)
+    k_BHK = jnp.repeat(k[:, 0], repeats, axis=1).astype(accumulator)
+    v_BHV = v[:, 0].astype(accumulator)
+    beta_BH1 = beta[:, 0, :, None].astype(accumulator)
+    decayed_BHKV = s_BHKV
+    if log_decay is not None:
+        decay = jnp.exp(log_decay[:, 0].astype(accumulator))
+        decayed_BHKV = s_BHKV * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
+    recalled_BHV = jnp.einsum("bhk,bhkv->bhv", k_BHK, decayed_BHKV)
+    u_BHV = beta_BH1 * (v_BHV - recalled_BHV)
+    after_BHKV = decayed_BHKV + k_BHK[..., None] * u_BHV[..., None, :]
+    o_BHV = jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
+    if segments is not None:
+        real = packed.is_real(segments)[..., None]
+        after_BHKV = jnp.where(real[..., None], after_BHKV, s_BHKV)
+        o_BHV = jnp.where(real, o_BHV, 0)
+    return o_BHV[:, None].astype(v.dtype), after_BHKV
