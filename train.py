@@ -7,6 +7,7 @@ Exit codes: 0 done or saved on SIGTERM/SIGINT, 2 bad configuration, 3 no usable 
 
 import functools
 import sys
+import time
 from pathlib import Path
 
 from configs import loading
@@ -22,8 +23,12 @@ OPTIONS = {
 
 def main() -> int:
     """Read the command line, train, and print what came out."""
+    started = time.perf_counter()
     (experiment,), options = loading.parse(sys.argv[1:], OPTIONS, single=True)
 
+    from parallel import host
+
+    host.keep_memory()
     import jax
 
     if options["distributed"]:
@@ -38,7 +43,8 @@ def main() -> int:
     workdir = options["workdir"] or f"runs/{Path(options['config'][0].partition(':')[0]).stem}"
     try:
         with loading.configuration():
-            result = loop.train(experiment, workdir, loading.span(options["profile"]))
+            profile = loading.span(options["profile"])
+            result = loop.train(experiment, workdir, profile, started)
     except guards.Stop as stop:
         print(stop, file=sys.stderr)
         return stop.code
@@ -58,14 +64,13 @@ def conclude(result) -> None:
     if text:
         print(f"sample at temperature {experiment.evaluation.temperature}:\n{text}\n")
     show_resources(result, rate)
+    print(f"wall time {result.wall_time}")
     for name, path in result.paths.items():
         print(f"{name}: {path}")
 
 
 def sample(result) -> tuple[str, float]:
     """Text that the model writes after the config's prompt, and tokens written per second."""
-    import time
-
     import jax
     import numpy as np
 

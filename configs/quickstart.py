@@ -1,28 +1,37 @@
-"""A first run on a laptop: Mamba-2, 0.7M parameters, byte level, on Python's own source.
+"""A first run on a laptop: RG-LRU and local attention, 1.3M parameters, byte level, Python's source.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: about two and a half minutes on 2 CPU cores, compilation and evaluation included.
+Expected: 2.05 bits per byte on validation (bigrams reach 3.50, gzip -9 1.82).
 """
 
 from configs.schema import Checkpoint, Data, Evaluation, Experiment, Optimizer
-from models import block, lm
-from models.state_space import mamba2
+from models import lm
+from models.attention import softmax
+from models.recurrent import rg_lru
 
 
 def get_config() -> Experiment:
     """The experiment."""
+    local = softmax.Config(heads=4, kv_heads=1, window=64)
     return Experiment(
         model=lm.Config(
-            width=160,
-            depth=4,
-            pattern=(block.Config(mamba2.Config(head_dim=32, state=32)),),
-            dtype="float32",
+            width=192,
+            depth=3,
+            pattern=(rg_lru.Config(), local, rg_lru.Config()),
+            dtype="float32",  # CPUs have no fast bfloat16
+            layers="unrolled",
         ),
-        steps=300,
+        steps=240,
         data=Data(length=256, batch=16),
-        optimizer=Optimizer(learning_rate=4e-3, warmup_steps=30),
-        checkpoint=Checkpoint(every_steps=100),
-        evaluation=Evaluation(every_steps=100, batches=8),
+        optimizer=Optimizer(
+            name="muon",
+            learning_rate=6e-3,
+            schedule="wsd",
+            warmup_steps=20,
+            decay_fraction=0.4,
+        ),
+        checkpoint=Checkpoint(every_steps=120),
+        evaluation=Evaluation(every_steps=120),
     )

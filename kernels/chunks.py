@@ -76,14 +76,20 @@ def masks(within: Boundaries | None, chunk: int) -> Masks:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan(body: Callable, chunk: int, carry: PyTree, inputs: PyTree, fixed: PyTree):
     """Run `body(carry, inputs, fixed) -> (carry, out)` over chunks of axis 1; (carry, out) of all.
 
     `inputs` and `fixed` are pytrees of (B, T, ...) arrays, T a multiple of `chunk`; `out` is one
     (B, T, ...) array. Differentiable (reverse mode) in `carry` and `inputs`, not in `fixed`, and
-    `body` must not close over traced values.
+    `body` must not close over traced values. Works inside `jax.shard_map`, where everything comes
+    to vary over every axis that anything varies over.
     """
+    axes = _varying((carry, inputs, fixed))
+    return _scan(body, chunk, _vary(carry, axes), _vary(inputs, axes), _vary(fixed, axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(body, chunk, carry, inputs, fixed):
     result, _ = _forward(body, chunk, carry, inputs, fixed, save=False)
     return result
 
@@ -93,6 +99,7 @@ def _forward(body, chunk, carry, inputs, fixed, save=True):
     first = _cut((inputs, fixed), 0, chunk)
     one = jax.eval_shape(body, carry, *first)[1]
     out = jnp.zeros((one.shape[0], count * chunk, *one.shape[2:]), one.dtype)
+    out = _vary(out, _varying(carry))
 
     def step(state, n):
         carry, out = state
@@ -116,7 +123,8 @@ def _backward(body, chunk, saved, cotangents):
         d_carry, d_part = pull((d_carry, d_part))
         return (d_carry, _put(d_inputs, d_part, n, chunk)), None
 
-    start = (d_carry, jax.tree.map(jnp.zeros_like, inputs))
+    axes = _varying(carries)
+    start = _vary((d_carry, jax.tree.map(jnp.zeros_like, inputs)), axes)
     (d_carry, d_inputs), _ = jax.lax.scan(step, start, (jnp.arange(count), carries), reverse=True)
     return d_carry, d_inputs, None
 
@@ -131,4 +139,18 @@ def _put(tree, parts, n, chunk):
     )
 
 
-scan.defvjp(_forward, _backward)
+def _varying(tree) -> frozenset:
+    """The mesh axes of `shard_map` over which any leaf varies."""
+    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree))
+    return frozenset().union(*axes)
+
+
+def _vary(tree, axes: frozenset):
+    def cast(leaf):
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+_scan.defvjp(_forward, _backward)

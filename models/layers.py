@@ -1,5 +1,6 @@
 """Small parts that architectures share: named weights, norms, rotary positions, convolutions."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -53,6 +54,33 @@ def weight(
     if len(shape) != len(dims):
         raise ValueError(f"weight of shape {tuple(shape)} has {len(dims)} names {tuple(dims)}.")
     return nnx.Param(init(rngs.params(), tuple(shape)), dims=tuple(dims))
+
+
+def project(spec: str, x: Float[Array, "..."], w: nnx.Param) -> Float[Array, "..."]:
+    """einsum(spec, x, w) in x's dtype, as "btd,dhk->bthk"; the map of an activation by a weight."""
+    return _project(spec, x, w[...].astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(spec, x, w):
+    return jnp.einsum(spec, x, w)
+
+
+def _project_forward(spec, x, w):
+    x = jax.lax.optimization_barrier(x)
+    return jnp.einsum(spec, x, w), (x, w)
+
+
+def _project_backward(spec, residuals, dy):
+    """The barriers keep XLA on CPUs from working out x and dy once more, in transposed order."""
+    x, w = residuals
+    dy = jax.lax.optimization_barrier(dy)
+    inputs, y = spec.split("->")
+    a, b = inputs.split(",")
+    return jnp.einsum(f"{y},{b}->{a}", dy, w), jnp.einsum(f"{a},{y}->{b}", x, dy)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float = 1e-6) -> Float[Array, "... D"]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Result:
     validation_bits_per_byte: float
     tokens_per_second: float  # of training steps after compilation, this run only
     program: Any  # the compiled training step
+    wall_time: str  # where it went, in one line
     paths: dict[str, Path]
     finished: bool  # False: stopped by a signal and saved
 
@@ -91,19 +93,25 @@ def compile_step(plan: Plan):
         return plan.trainer.step.lower(plan.trainer.abstract, plan.trainer.batch).compile()
 
 
-def train(experiment: schema.Experiment, workdir: str, profile: tuple[int, int] | None) -> Result:
+def train(
+    experiment: schema.Experiment,
+    workdir: str,
+    profile: tuple[int, int] | None,
+    started: float | None = None,
+) -> Result:
     """Train, resuming from `workdir` where it holds a checkpoint of the same experiment.
 
-    `profile=(a, b)` writes a trace of steps a to b. Raises the errors of `training.guards` and
-    `training.checkpoint`; SIGTERM and SIGINT save the current step and return.
+    `profile=(a, b)` writes a trace of steps a to b; `started` is the `time.perf_counter()` at which
+    the program began. Raises the errors of `training.guards` and `training.checkpoint`; SIGTERM and
+    SIGINT save the current step and return.
     """
     folder = Path(workdir)
     guards.preflight(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(guards.RunLock(folder))
         stop = stack.enter_context(guards.GracefulStop())
+        log = stack.enter_context(Log(folder, experiment.steps, started))
         plan = make_plan(experiment)
-        log = stack.enter_context(Log(folder, experiment.steps))
         saved = experiment.checkpoint
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=saved.keep, keep_best=saved.keep_best
@@ -120,8 +128,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
     with log.phase("restore"):
         state, start = _resume(plan, checkpoints)
     log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
-    bad = guards.BadSteps(experiment.guards.max_bad_steps)
-    pending, score, clock = None, math.nan, _Clock()
+    meter, score = _Meter(experiment, log), math.nan
     with contextlib.ExitStack() as stack:
         watchdog = guards.Watchdog(experiment.guards.hang_timeout_s, log.folder)
         stack.enter_context(watchdog)
@@ -130,68 +137,82 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
             _profile(profile, step, log.folder)
             with log.phase("data"):
                 rows = next(batches)
-            with log.phase("step"):
-                state, metrics = program(state, put_batch(trainer.batch, rows))
-                # Read the step before while this one runs, so the device never waits for the host.
-                _report(log, bad, pending, experiment.log_every, clock)
-            pending = (step, metrics)
-            watchdog.beat()
             last = step == experiment.steps or stop.requested
-            due = _due(experiment.evaluation.every_steps, step)
-            if due or step == experiment.steps:
+            judge = step == experiment.steps or _due(experiment.evaluation.every_steps, step)
+            save = last or _due(experiment.checkpoint.every_steps, step)
+            with log.phase("step"), meter.timed():
+                state, metrics = program(state, put_batch(trainer.batch, rows))
+                meter.finish()  # the step before, while this one runs: no device waits for a host
+                meter.pending = (step, metrics)
+                if judge or save:
+                    meter.finish()
+            watchdog.beat()
+            if judge:
                 with log.phase("evaluation"):
-                    score = evaluate(plan, state.params, experiment.evaluation.batches)
-                log.record(step, {"validation_bits_per_byte": score})
-            if last or _due(experiment.checkpoint.every_steps, step):
-                _report(log, bad, pending, experiment.log_every, clock)
-                pending = None
+                    count = experiment.evaluation.batches
+                    score = evaluate(plan, state.params, count, watchdog.beat)
+                log.record(step, {"validation_bits_per_byte": score} | meter.position(step))
+            if save:
                 with log.phase("save"):
-                    checkpoints.save(step, state, _meta(plan, step, score))
+                    meta = _meta(plan, step, score if judge else math.nan)
+                    checkpoints.save(step, state, meta)
             if last:
                 break
-    with log.phase("save"):
-        checkpoints.wait()
     if start == experiment.steps:  # nothing was left to do but to say how good it is
         score = evaluate(plan, state.params, experiment.evaluation.batches)
-    return _finish(plan, log, checkpoints, state, score, program, clock)
+    else:
+        with log.phase("save"):
+            checkpoints.wait()
+            while checkpoints.failures:  # the last step must not be lost; raises after three
+                checkpoints.save(step, state, meta)
+                checkpoints.wait()
+    return _finish(plan, log, checkpoints, state, score, program, meter.rate())
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _Clock:
-    """Tokens and seconds of steady steps, compilation and the first step left out."""
+class _Meter:
+    """Waits for a finished step, checks and records it, and keeps the rate of steady steps."""
 
-    def __init__(self):
-        self.tokens, self.start, self.stop = 0, None, None
+    def __init__(self, experiment: schema.Experiment, log: Log):
+        self.log, self.every = log, experiment.log_every
+        self.bad = guards.BadSteps(experiment.guards.max_bad_steps)
+        self.tokens_per_step = experiment.data.batch * experiment.data.length
+        self.pending: tuple[int, dict] | None = None
+        self.steps, self.seconds = -1, 0.0  # the first step of a process is left out
 
-    def add(self, tokens: int) -> float:
-        """Count one finished step; tokens per second so far (0 after the first)."""
-        now = time.perf_counter()
-        if self.start is None:
-            self.start = self.stop = now
-            return 0.0
-        self.tokens, self.stop = self.tokens + tokens, now
-        return self.rate()
+    @contextlib.contextmanager
+    def timed(self):
+        """Counts the seconds of the block as those of steps."""
+        begin = time.perf_counter()
+        yield
+        if self.steps > 0:
+            self.seconds += time.perf_counter() - begin
 
     def rate(self) -> float:
-        """Tokens per second of the counted steps."""
-        return self.tokens / (self.stop - self.start) if self.tokens else 0.0
+        """Tokens a second over the steps so far, evaluation and saving left out."""
+        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
 
+    def position(self, step: int) -> dict[str, float]:
+        """Tokens read up to `step`, over all runs of this workdir."""
+        return {"tokens": step * self.tokens_per_step}
 
-def _report(log: Log, bad: guards.BadSteps, pending, every: int, clock: _Clock) -> None:
-    """Wait for the pending step; check it, and write it where it is due."""
-    if pending is None:
-        return
-    step, metrics = pending
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad.update(bool(metrics.pop("finite")), step)
-    tokens, size = metrics.pop("tokens"), metrics.pop("bytes")
-    rate = clock.add(int(tokens))
-    if step % every == 0 or step == 1:
-        bits = metrics["loss"] * tokens / max(size, 1.0) / math.log(2)
-        log.record(step, metrics | {"bits_per_byte": bits, "tokens_per_s": rate})
+    def finish(self) -> None:
+        """Wait for the pending step; check it, and write it where it is due."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.bad.update(bool(metrics.pop("finite")), step)
+        self.steps += 1
+        weight, size = metrics.pop("tokens"), metrics.pop("bytes")
+        if step % self.every == 0 or step == 1:
+            bits = metrics["loss"] * weight / max(size, 1.0) / math.log(2)
+            more = {"bits_per_byte": bits, "tokens_per_s": self.rate()}
+            self.log.record(step, metrics | more | self.position(step))
 
 
 def _resume(plan: Plan, checkpoints: Checkpoints) -> tuple[State, int]:
@@ -218,14 +239,15 @@ def _meta(plan: Plan, step: int, score: float) -> dict:
     return {"step": step, "metric": score, "model": _model_print(plan), "data": data}
 
 
-def evaluate(plan: Plan, params, batches: int) -> float:
-    """Bits per byte over the first `batches` validation batches (0: all)."""
+def evaluate(plan: Plan, params, batches: int, beat: Callable[[], None] = lambda: None) -> float:
+    """Bits per byte over the first `batches` validation batches (0: all); `beat` after each."""
     nats = size = 0.0
     count = min(batches or len(plan.validation), len(plan.validation))
     for index in range(count):
         batch = put_batch(plan.trainer.batch, plan.validation.batch(index))
         total, read = plan.trainer.evaluate(params, batch)
         nats, size = nats + float(total), size + float(read)
+        beat()
     return nats / max(size, 1.0) / math.log(2)
 
 
@@ -236,7 +258,7 @@ def _profile(span, step: int, folder: Path) -> None:
         jax.profiler.stop_trace()
 
 
-def _finish(plan, log, checkpoints, state, score, program, clock) -> Result:
+def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:
     step = int(state.step)
     picture = log.folder / "loss.png"
     if log.writes:
@@ -252,8 +274,9 @@ def _finish(plan, log, checkpoints, state, score, program, clock) -> Result:
         nnx.merge(plan.trainer.graph, state.params),
         step,
         score,
-        clock.rate(),
+        rate,
         program,
+        log.account.text(),
         paths,
         step == plan.experiment.steps,
     )

@@ -70,7 +70,7 @@ def seal(path: Path, head: dict) -> None:
     files = {name: {"size": sizes[name], "sha256": hashes[name]} for name in sizes}
     for folder in (*(p for p in path.rglob("*") if p.is_dir()), path, path.parent):
         sync_folder(folder)
-    content = json.dumps(head | {"files": files}, indent=1).encode()
+    content = json.dumps(head | {"files": files}).encode()
     write_atomic(path / MANIFEST, content)
     write_atomic(path / MARKER, hashlib.sha256(content).hexdigest().encode())
 

@@ -61,7 +61,7 @@ def make_trainer(
         step = jnp.zeros((), jnp.int32)
         return State(step, params, optimizer.init(params), carry, jax.random.fold_in(key, 1))
 
-    abstract = _with_shardings(jax.eval_shape(init), dims, optimizer, mesh)
+    abstract = _with_shardings(jax.eval_shape(init), dims, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch = _abstract_batch(data, mesh)
     rows = {name: leaf.sharding for name, leaf in batch.items()}
@@ -100,24 +100,28 @@ def put_batch(abstract: dict[str, jax.ShapeDtypeStruct], rows: dict[str, np.ndar
     }
 
 
-def _with_shardings(abstract: State, dims, optimizer, mesh) -> State:
+def _with_shardings(abstract: State, dims, mesh) -> State:
     """`abstract` with a sharding on every leaf: weights and moments by name, states by row."""
 
     def place(path, leaf, names):
-        where = sharding.weight_sharding(mesh, _dotted(path), leaf.shape, names)
+        where = sharding.weight_sharding(mesh, ".".join(map(str, _keys(path))), leaf.shape, names)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     whole = lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())
     )
     params = jax.tree_util.tree_map_with_path(place, abstract.params, dims)
-    moments = optax.tree_map_params(
-        optimizer,
-        lambda _, param: param,
-        abstract.optimizer,
-        params,
-        transform_non_params=whole,
-    )
+    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def moment(path, leaf):  # a moment's path ends in the path of its weight
+        keys = _keys(path)
+        suffixes = (by_path.get(keys[i:]) for i in range(len(keys)))
+        param = next((p for p in suffixes if p is not None), None)
+        if param is None or param.shape != leaf.shape:
+            return whole(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
+
+    moments = jax.tree_util.tree_map_with_path(moment, abstract.optimizer)
     return State(
         whole(abstract.step),
         params,
@@ -147,8 +151,8 @@ def _place_carry(carry, mesh):
     }
 
 
-def _dotted(path) -> str:
-    return ".".join(str(part.key) for part in path)
+def _keys(path) -> tuple:
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
 def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):

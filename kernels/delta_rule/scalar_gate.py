@@ -1,8 +1,4 @@
-"""One chunk of the delta rule with scalar gates, or none.
-
-Queries and keys read the state and the chunk's earlier writes in the same way, so they are stacked
-as readers x = [q; k], 2C rows. The backward pass is written out.
-"""
+"""One chunk of the delta rule with scalar gates, or none; the backward pass is written out."""
 
 import functools
 from typing import NamedTuple
@@ -12,21 +8,23 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels.delta_rule.inverse import unit_lower_inverse
-from kernels.gated_linear.scalar_gate import between, decays, merge_heads, split_heads
+from kernels.gated_linear.scalar_gate import between, decays, merge_heads, reads, split_heads
 
 
 class Pieces(NamedTuple):
-    """What both passes need of a chunk; X counts the 2C readers."""
+    """What both passes need of a chunk. Scores are decayed, recalls are not."""
 
-    x_BGXK: Array
+    q_BGCK: Array
     k_BGCK: Array
-    decay_BGRXS: Array
+    decay_BGRCS: Array
+    strict_BGRCS: Array  # decays without the diagonal: a write does not hear itself
     read_BGCR1: Array
     write_BGCR1: Array
     keep_BG1R1: Array
     real_BC: Array
-    score_BGRXS: Array
-    recalled_BGXRV: Array
+    q_score_BGRCS: Array
+    k_score_BGRCS: Array
+    k_recall_BGCRV: Array
     beta_BGRC1: Array
     error_BGRCV: Array
     inverse_BGRCS: Array
@@ -37,11 +35,12 @@ class Pieces(NamedTuple):
 def scalar_chunk(scale, s_BGKRV, inputs, within):
     """(state, (q, k, v, beta, log_decay or None), boundaries) -> (state, out)."""
     p = _pieces(scale, s_BGKRV, inputs, within)
-    chunk, heads = p.k_BGCK.shape[2], s_BGKRV.shape[3]
-    inner_BGRCV = jnp.einsum("bgrcs,bgrsv->bgrcv", p.score_BGRXS[..., :chunk, :], p.u_BGRCV)
-    o_BGCRV = p.read_BGCR1 * p.recalled_BGXRV[:, :, :chunk] + jnp.swapaxes(inner_BGRCV, 2, 3)
+    heads = s_BGKRV.shape[3]
+    q_recall = jnp.einsum("bgck,bgky->bgcy", p.q_BGCK, merge_heads(s_BGKRV))
+    inner_BGRCV = jnp.einsum("bgrcs,bgrsv->bgrcv", p.q_score_BGRCS, p.u_BGRCV)
+    o_BGCRV = p.read_BGCR1 * split_heads(q_recall, heads) + jnp.swapaxes(inner_BGRCV, 2, 3)
     leaving_BGCRV = p.write_BGCR1 * jnp.swapaxes(p.u_BGRCV, 2, 3)
-    written = jnp.einsum("bgsk,bgsx->bgkx", p.k_BGCK, merge_heads(leaving_BGCRV))
+    written = jnp.einsum("bgsk,bgsy->bgky", p.k_BGCK, merge_heads(leaving_BGCRV))
     after_BGKRV = p.keep_BG1R1 * s_BGKRV + split_heads(written, heads)
     v = inputs[2]
     return after_BGKRV, jnp.swapaxes(o_BGCRV, 1, 2).reshape(v.shape).astype(v.dtype)
@@ -54,7 +53,6 @@ def _pieces(scale, s_BGKRV, inputs, within) -> Pieces:
     heads = v.shape[2] // groups
     q_BGCK = scale * jnp.swapaxes(q, 1, 2).astype(accumulator)
     k_BGCK = jnp.swapaxes(k, 1, 2).astype(accumulator)
-    x_BGXK = jnp.concatenate([q_BGCK, k_BGCK], axis=2)
     v_BGRCV = jnp.moveaxis(v.reshape(batch, chunk, groups, heads, -1), 1, 3).astype(accumulator)
     by_head = (batch, chunk, groups, heads)
     beta_BGRC1 = jnp.moveaxis(beta.reshape(by_head), 1, 3)[..., None].astype(accumulator)
@@ -63,29 +61,29 @@ def _pieces(scale, s_BGKRV, inputs, within) -> Pieces:
         jnp.moveaxis(gates, 1, 3).astype(accumulator), within
     )
     strict_BGRCS = decay_BGRCS * jnp.tri(chunk, k=-1, dtype=accumulator)
-    decay_BGRXS = jnp.concatenate([decay_BGRCS, strict_BGRCS], axis=3)
-    pair_BGXS = jnp.einsum("bgxk,bgsk->bgxs", x_BGXK, k_BGCK)
-    score_BGRXS = pair_BGXS[:, :, None] * decay_BGRXS
-    recalled = jnp.einsum("bgxk,bgky->bgxy", x_BGXK, merge_heads(s_BGKRV))
-    recalled_BGXRV = split_heads(recalled, heads)
-    recalled_BGCRV = read_BGCR1 * recalled_BGXRV[:, :, chunk:]
-    error_BGRCV = v_BGRCV - jnp.swapaxes(recalled_BGCRV, 2, 3)
-    inverse_BGRCS = unit_lower_inverse(beta_BGRC1 * score_BGRXS[..., chunk:, :])
-    u_BGRCV = jnp.einsum("bgrcs,bgrsv->bgrcv", inverse_BGRCS, beta_BGRC1 * error_BGRCV)
+    qk_BGCS = jnp.einsum("bgck,bgsk->bgcs", q_BGCK, k_BGCK)
+    kk_BGCS = jnp.einsum("bgck,bgsk->bgcs", k_BGCK, k_BGCK)
+    k_score_BGRCS = kk_BGCS[:, :, None] * strict_BGRCS
+    k_recall = jnp.einsum("bgck,bgky->bgcy", k_BGCK, merge_heads(s_BGKRV))
+    k_recall_BGCRV = split_heads(k_recall, heads)
+    error_BGRCV = v_BGRCV - jnp.swapaxes(read_BGCR1 * k_recall_BGCRV, 2, 3)
+    inverse_BGRCS = unit_lower_inverse(beta_BGRC1 * k_score_BGRCS)
     return Pieces(
-        x_BGXK,
-        k_BGCK,
-        decay_BGRXS,
-        read_BGCR1,
-        write_BGCR1,
-        keep_BG1R1,
-        real_BC,
-        score_BGRXS,
-        recalled_BGXRV,
-        beta_BGRC1,
-        error_BGRCV,
-        inverse_BGRCS,
-        u_BGRCV,
+        q_BGCK=q_BGCK,
+        k_BGCK=k_BGCK,
+        decay_BGRCS=decay_BGRCS,
+        strict_BGRCS=strict_BGRCS,
+        read_BGCR1=read_BGCR1,
+        write_BGCR1=write_BGCR1,
+        keep_BG1R1=keep_BG1R1,
+        real_BC=real_BC,
+        q_score_BGRCS=qk_BGCS[:, :, None] * decay_BGRCS,
+        k_score_BGRCS=k_score_BGRCS,
+        k_recall_BGCRV=k_recall_BGCRV,
+        beta_BGRC1=beta_BGRC1,
+        error_BGRCV=error_BGRCV,
+        inverse_BGRCS=inverse_BGRCS,
+        u_BGRCV=jnp.einsum("bgrcs,bgrsv->bgrcv", inverse_BGRCS, beta_BGRC1 * error_BGRCV),
     )
 
 
@@ -98,53 +96,51 @@ def _backward(scale, saved, cotangents):
     s_BGKRV, inputs, within = saved
     ds_BGKRV, do = cotangents
     p = _pieces(scale, s_BGKRV, inputs, within)
-    chunk, heads = p.k_BGCK.shape[2], s_BGKRV.shape[3]
-    batch, groups = p.k_BGCK.shape[:2]
-    do_BGCRV = jnp.swapaxes(do.reshape(batch, chunk, groups, heads, -1), 1, 2)
-    do_BGCRV = do_BGCRV.astype(s_BGKRV.dtype)
-    do_BGRCV = jnp.swapaxes(do_BGCRV, 2, 3)
-    s, ds = merge_heads(s_BGKRV), merge_heads(ds_BGKRV)
+    do_BGRCV = jnp.moveaxis(do.reshape(jnp.moveaxis(p.u_BGRCV, 3, 1).shape), 1, 3)
+    do_BGRCV = do_BGRCV.astype(s_BGKRV.dtype)
 
-    du_BGRCV = jnp.einsum("bgrcs,bgrcv->bgrsv", p.score_BGRXS[..., :chunk, :], do_BGRCV)
-    left_BGCRV = split_heads(jnp.einsum("bgsk,bgky->bgsy", p.k_BGCK, ds), heads)
+    left = jnp.einsum("bgsk,bgky->bgsy", p.k_BGCK, merge_heads(ds_BGKRV))
+    left_BGCRV = split_heads(left, s_BGKRV.shape[3])
+    du_BGRCV = jnp.einsum("bgrcs,bgrcv->bgrsv", p.q_score_BGRCS, do_BGRCV)
     du_BGRCV += jnp.swapaxes(p.write_BGCR1 * left_BGCRV, 2, 3)
     dr_BGRCV = jnp.einsum("bgrcs,bgrcv->bgrsv", p.inverse_BGRCS, du_BGRCV)
-    dv_BGCRV = jnp.swapaxes(p.beta_BGRC1 * dr_BGRCV, 2, 3)
-
-    heard_BGRXV = jnp.concatenate([do_BGRCV, -dr_BGRCV], axis=3)
-    dscore_BGRXS = jnp.einsum("bgrxv,bgrsv->bgrxs", heard_BGRXV, p.u_BGRCV)
-    dlower_BGRCS = dscore_BGRXS[..., chunk:, :]
+    dlower_BGRCS = -jnp.einsum("bgrcv,bgrsv->bgrcs", dr_BGRCV, p.u_BGRCV)
     dbeta_BGRC = jnp.einsum("bgrcv,bgrcv->bgrc", dr_BGRCV, p.error_BGRCV)
-    dbeta_BGRC += jnp.einsum("bgrcs,bgrcs->bgrc", dlower_BGRCS, p.score_BGRXS[..., chunk:, :])
-    dscore_BGRXS = jnp.concatenate(
-        [dscore_BGRXS[..., :chunk, :], p.beta_BGRC1 * dlower_BGRCS], axis=3
-    )
-    dpair_BGXS = (dscore_BGRXS * p.decay_BGRXS).sum(2)
-    read_BGXR1 = jnp.concatenate([p.read_BGCR1, p.read_BGCR1], axis=2)
-    dread_BGXRV = read_BGXR1 * jnp.concatenate([do_BGCRV, -dv_BGCRV], axis=2)
+    dbeta_BGRC += jnp.einsum("bgrcs,bgrcs->bgrc", dlower_BGRCS, p.k_score_BGRCS)
+    dq_score_BGRCS = jnp.einsum("bgrcv,bgrsv->bgrcs", do_BGRCV, p.u_BGRCV)
+    dk_score_BGRCS = p.beta_BGRC1 * dlower_BGRCS
+    dqk_BGCS = (dq_score_BGRCS * p.decay_BGRCS).sum(2)
+    dkk_BGCS = (dk_score_BGRCS * p.strict_BGRCS).sum(2)
+    do_BGCRV, dv_BGCRV = jnp.swapaxes(do_BGRCV, 2, 3), jnp.swapaxes(p.beta_BGRC1 * dr_BGRCV, 2, 3)
+    q_read_BGCRV, k_read_BGCRV = p.read_BGCR1 * do_BGCRV, -p.read_BGCR1 * dv_BGCRV
     leaving_BGCRV = p.write_BGCR1 * jnp.swapaxes(p.u_BGRCV, 2, 3)
 
-    dx_BGXK = jnp.einsum("bgxs,bgsk->bgxk", dpair_BGXS, p.k_BGCK)
-    dx_BGXK += jnp.einsum("bgxy,bgky->bgxk", merge_heads(dread_BGXRV), s)
-    dk_BGCK = jnp.einsum("bgxs,bgxk->bgsk", dpair_BGXS, p.x_BGXK) + dx_BGXK[:, :, chunk:]
+    s, ds = merge_heads(s_BGKRV), merge_heads(ds_BGKRV)
+    q_read, k_read = merge_heads(q_read_BGCRV), merge_heads(k_read_BGCRV)
+    dq_read_BGCK = jnp.einsum("bgcy,bgky->bgck", q_read, s)
+    dq_BGCK = dq_read_BGCK + jnp.einsum("bgcs,bgsk->bgck", dqk_BGCS, p.k_BGCK)
+    dk_BGCK = jnp.einsum("bgcs,bgck->bgsk", dqk_BGCS, p.q_BGCK)
+    dk_BGCK += jnp.einsum("bgcs,bgsk->bgck", dkk_BGCS + jnp.swapaxes(dkk_BGCS, 2, 3), p.k_BGCK)
+    dk_BGCK += jnp.einsum("bgcy,bgky->bgck", k_read, s)
     dk_BGCK += jnp.einsum("bgsy,bgky->bgsk", merge_heads(leaving_BGCRV), ds)
-    before = jnp.einsum("bgxk,bgxy->bgky", p.x_BGXK, merge_heads(dread_BGXRV))
-    before_BGKRV = p.keep_BG1R1 * ds_BGKRV + split_heads(before, heads)
+    before = jnp.einsum("bgck,bgcy->bgky", p.q_BGCK, q_read)
+    before += jnp.einsum("bgck,bgcy->bgky", p.k_BGCK, k_read)
+    before_BGKRV = p.keep_BG1R1 * ds_BGKRV + split_heads(before, s_BGKRV.shape[3])
     dg_BGRC = None
     if inputs[4] is not None:
-        pairs_BGRXS = dscore_BGRXS * p.score_BGRXS
-        reads_BGXR = jnp.einsum("bgxrv,bgxrv->bgxr", dread_BGXRV, p.recalled_BGXRV)
+        reads_BGCR = reads(p.q_BGCK, dq_read_BGCK, q_read_BGCRV, s)
+        reads_BGCR += jnp.einsum("bgcrv,bgcrv->bgcr", k_read_BGCRV, p.k_recall_BGCRV)
         writes_BGCR = jnp.einsum("bgcrv,bgcrv->bgcr", leaving_BGCRV, left_BGCRV)
         kept_BGKR = jnp.einsum("bgkrv,bgkrv->bgkr", s_BGKRV, ds_BGKRV)
         dg_BGRC = between(
-            pairs_BGRXS[..., :chunk, :] + pairs_BGRXS[..., chunk:, :],
-            jnp.swapaxes(reads_BGXR[:, :, :chunk] + reads_BGXR[:, :, chunk:], 2, 3),
+            dq_score_BGRCS * p.q_score_BGRCS + dk_score_BGRCS * p.k_score_BGRCS,
+            jnp.swapaxes(reads_BGCR, 2, 3),
             jnp.swapaxes(writes_BGCR, 2, 3),
         )
         dg_BGRC += (p.keep_BG1R1[:, :, 0, :, 0] * kept_BGKR.sum(2))[..., None]
         dg_BGRC = jnp.where(p.real_BC[:, None, None], dg_BGRC, 0)
     gradients = (
-        jnp.swapaxes(scale * dx_BGXK[:, :, :chunk], 1, 2),
+        jnp.swapaxes(scale * dq_BGCK, 1, 2),
         jnp.swapaxes(dk_BGCK, 1, 2),
         jnp.swapaxes(dv_BGCRV, 1, 2),
         jnp.moveaxis(dbeta_BGRC, 3, 1),

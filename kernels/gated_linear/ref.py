@@ -27,7 +27,7 @@ def gated_linear(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, value_dim), accumulator)
     if log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
+        log_decay = jnp.broadcast_to(log_decay.astype(accumulator), (batch, length, heads))
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 

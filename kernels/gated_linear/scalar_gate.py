@@ -56,10 +56,9 @@ def _backward(scale, saved, cotangents):
 
     read_do_BGCRV, written_BGCRV = do_BGCRV * read_BGCR1, v_BGCRV * write_BGCR1
     s, ds = merge_heads(s_BGKRV), merge_heads(ds_BGKRV)
-    outer_BGCRV = split_heads(jnp.einsum("bgck,bgkx->bgcx", q_BGCK, s), heads)
     dw_BGCRV = split_heads(jnp.einsum("bgsk,bgkx->bgsx", k_BGCK, ds), heads)
-    dq_BGCK = jnp.einsum("bgcs,bgsk->bgck", da_BGCS, k_BGCK)
-    dq_BGCK += jnp.einsum("bgcx,bgkx->bgck", merge_heads(read_do_BGCRV), s)
+    dq_read_BGCK = jnp.einsum("bgcx,bgkx->bgck", merge_heads(read_do_BGCRV), s)
+    dq_BGCK = dq_read_BGCK + jnp.einsum("bgcs,bgsk->bgck", da_BGCS, k_BGCK)
     dk_BGCK = jnp.einsum("bgcs,bgck->bgsk", da_BGCS, q_BGCK)
     dk_BGCK += jnp.einsum("bgsx,bgkx->bgsk", merge_heads(written_BGCRV), ds)
     dv_BGRCV = jnp.einsum("bgrcs,bgrcv->bgrsv", a_BGCS[:, :, None] * decay_BGRCS, do_BGRCV)
@@ -67,7 +66,7 @@ def _backward(scale, saved, cotangents):
     before = jnp.einsum("bgck,bgcx->bgkx", q_BGCK, merge_heads(read_do_BGCRV))
     before_BGKRV = keep_BG1R1 * ds_BGKRV + split_heads(before, heads)
 
-    reads_BGCR = jnp.einsum("bgcrv,bgcrv->bgcr", read_do_BGCRV, outer_BGCRV)
+    reads_BGCR = reads(q_BGCK, dq_read_BGCK, read_do_BGCRV, s)
     writes_BGCR = jnp.einsum("bgcrv,bgcrv->bgcr", written_BGCRV, dw_BGCRV)
     kept_BGKR = jnp.einsum("bgkrv,bgkrv->bgkr", s_BGKRV, ds_BGKRV)
     kept_BGR = keep_BG1R1[:, :, 0, :, 0] * kept_BGKR.sum(2)
@@ -152,3 +151,12 @@ def between(pairs_xCS, reads_xC, writes_xC):
     return total("...c,ct->...t", ends_xC - starts_xC, inclusive) + total(
         "...s,ts->...t", writes_xC, strict
     )
+
+
+def reads(q_BGCK, dq_BGCK, do_BGCRV, s):
+    """Each head's do^T S^T q, where dq = do S^T is summed over the heads of a group."""
+    heads = do_BGCRV.shape[3]
+    if heads == 1:
+        return jnp.einsum("bgck,bgck->bgc", q_BGCK, dq_BGCK)[..., None]
+    recalled_BGCRV = split_heads(jnp.einsum("bgck,bgkx->bgcx", q_BGCK, s), heads)
+    return jnp.einsum("bgcrv,bgcrv->bgcr", do_BGCRV, recalled_BGCRV)

@@ -30,7 +30,8 @@ def gated_linear(
         initial_state = jnp.zeros((batch, heads, key_dim, value_dim), accumulator)
     s_BHKV = initial_state.astype(accumulator)
     if log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
+        wide = log_decay.astype(accumulator)  # its gradient is summed over the whole batch
+        log_decay = jnp.broadcast_to(wide, (batch, length, heads))
     if length == 1:
         return _one_token(q, k, v, log_decay, segments, s_BHKV, scale)
 

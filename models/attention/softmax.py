@@ -56,8 +56,8 @@ class Mixer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         positions_BT = _positions(old["length"], segments, x.shape[1])
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(x.dtype))
-        kv_BTPGK = jnp.einsum("btd,dpgk->btpgk", x, self.kv[...].astype(x.dtype))
+        q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
+        kv_BTPGK = layers.project("btd,dpgk->btpgk", x, self.kv)
         k_BTGK, v_BTGK = kv_BTPGK[:, :, 0], kv_BTPGK[:, :, 1]
         if self.rope_base:
             q_BTHK = layers.rotary(q_BTHK, positions_BT, self.rope_base)
@@ -81,7 +81,7 @@ class Mixer(mixer.Mixer):
                 lambda: self._attend(q_BTHK, k_BTGK, v_BTGK, segments),
                 lambda: self._attend_both(q_BTHK, k_BTGK, v_BTGK, positions_BT, segments, old),
             )
-        return jnp.einsum("bthk,hkd->btd", o_BTHK, self.o[...].astype(x.dtype)), new
+        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new
 
     def _attend(self, q, k, v, segments):
         return attention(q, k, v, segments=segments, window=self.window)

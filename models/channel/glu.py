@@ -44,9 +44,9 @@ class Mixer(mixer.Mixer):
         self.activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[config.activation]
 
     def __call__(self, x, *, segments=None, state=None):
-        up_BTPF = jnp.einsum("btd,dpf->btpf", x, self.up[...].astype(x.dtype))
+        up_BTPF = layers.project("btd,dpf->btpf", x, self.up)
         hidden = self.activation(up_BTPF[:, :, 0]) * up_BTPF[:, :, 1]
-        return hidden @ self.down[...].astype(x.dtype), ()
+        return layers.project("btf,fd->btd", hidden, self.down), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Nothing: each token is mixed alone."""

@@ -62,17 +62,17 @@ class Mixer(mixer.Mixer):
         state = state or {"qk": None, "v": None, "s": None}
         dtype = mixer.wide(x.dtype)
         qk_BTPGK, qk_tail = self.qk_conv(
-            jnp.einsum("btd,dpgk->btpgk", x, self.qk[...].astype(x.dtype)),
+            layers.project("btd,dpgk->btpgk", x, self.qk),
             segments=segments,
             state=state["qk"],
         )
         v_BTHV, v_tail = self.v_conv(
-            jnp.einsum("btd,dhv->bthv", x, self.v[...].astype(x.dtype)),
+            layers.project("btd,dhv->bthv", x, self.v),
             segments=segments,
             state=state["v"],
         )
         qk_BTPGK = layers.l2_norm(qk_BTPGK)
-        ba_BTPH = jnp.einsum("btd,dph->btph", x, self.ba[...].astype(x.dtype)).astype(dtype)
+        ba_BTPH = layers.project("btd,dph->btph", x, self.ba).astype(dtype)
         rate_H = jnp.exp(self.log_a[...])
         o_BTHV, s_BHKV = delta_rule(
             qk_BTPGK[:, :, 0],
@@ -83,9 +83,9 @@ class Mixer(mixer.Mixer):
             segments=segments,
             initial_state=state["s"],
         )
-        z_BTHV = jnp.einsum("btd,dhv->bthv", x, self.z[...].astype(x.dtype))
+        z_BTHV = layers.project("btd,dhv->bthv", x, self.z)
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...]) * jax.nn.silu(z_BTHV)
-        y = jnp.einsum("bthv,hvd->btd", o_BTHV, self.o[...].astype(x.dtype))
+        y = layers.project("bthv,hvd->btd", o_BTHV, self.o)
         return y, {"qk": qk_tail, "v": v_tail, "s": s_BHKV}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

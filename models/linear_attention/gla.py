@@ -62,10 +62,10 @@ class Mixer(mixer.Mixer):
         self.temperature = config.gate_temperature
 
     def __call__(self, x, *, segments=None, state=None):
-        qk_BTPHK = jnp.einsum("btd,dphk->btphk", x, self.qk[...].astype(x.dtype))
-        vr_BTPHV = jnp.einsum("btd,dphv->btphv", x, self.vr[...].astype(x.dtype))
-        gate_BTR = x @ self.gate_in[...].astype(x.dtype)
-        gate_BTHK = jnp.einsum("btr,rhk->bthk", gate_BTR, self.gate_out[...].astype(x.dtype))
+        qk_BTPHK = layers.project("btd,dphk->btphk", x, self.qk)
+        vr_BTPHV = layers.project("btd,dphv->btphv", x, self.vr)
+        gate_BTR = layers.project("btd,dr->btr", x, self.gate_in)
+        gate_BTHK = layers.project("btr,rhk->bthk", gate_BTR, self.gate_out)
         gate_BTHK = gate_BTHK.astype(mixer.wide(x.dtype)) + self.gate_bias[...]
         o_BTHV, s_BHKV = gated_linear(
             qk_BTPHK[:, :, 0],
@@ -76,7 +76,7 @@ class Mixer(mixer.Mixer):
             initial_state=state,
         )
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...]) * jax.nn.silu(vr_BTPHV[:, :, 1])
-        return jnp.einsum("bthv,hvd->btd", o_BTHV, self.o[...].astype(x.dtype)), s_BHKV
+        return layers.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, H, K, V)."""

@@ -53,7 +53,7 @@ class Mixer(mixer.Mixer):
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"conv": None, "h": None, "begun": jnp.zeros(x.shape[0], bool)}
-        xy_BTPC = jnp.einsum("btd,dpc->btpc", x, self.xy[...].astype(x.dtype))
+        xy_BTPC = layers.project("btd,dpc->btpc", x, self.xy)
         u_BTC, tail = self.conv(xy_BTPC[:, :, 0], segments=segments, state=state["conv"])
         r_BTC, i_BTC = self._gates(u_BTC)
         log_a_BTC = -SHARPNESS * jax.nn.softplus(self.rate[...]) * r_BTC
@@ -66,14 +66,15 @@ class Mixer(mixer.Mixer):
             segments=segments,
             initial_state=state["h"],
         )
-        y = (jax.nn.gelu(xy_BTPC[:, :, 1]) * h_BTC) @ self.o[...].astype(x.dtype)
+        h_BTC = jax.nn.gelu(xy_BTPC[:, :, 1]) * h_BTC
+        y = layers.project("btc,cd->btd", h_BTC, self.o)
         return y, {"conv": tail, "h": last_BC, "begun": begun}
 
     def _gates(self, u_BTC):
         """Recurrence gate r_t and input gate i_t (eqs. 1 and 2), in float32."""
         blocks = self.gates.shape[1]
         u_BTHK = u_BTC.reshape(*u_BTC.shape[:2], blocks, -1)
-        gates_PBTHK = jnp.einsum("bthk,phkv->pbthv", u_BTHK, self.gates[...].astype(u_BTC.dtype))
+        gates_PBTHK = layers.project("bthk,phkv->pbthv", u_BTHK, self.gates)
         gates_PBTHK = gates_PBTHK.astype(mixer.wide(u_BTC.dtype))
         gates_PBTHK = gates_PBTHK + self.gate_bias[...][:, None, None]
         gates_PBTC = jax.nn.sigmoid(gates_PBTHK).reshape(2, *u_BTC.shape)

@@ -70,16 +70,16 @@ class Mixer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"x": None, "bc": None, "s": None}
         u_BTHP, x_tail = self.x_conv(
-            jnp.einsum("btd,dhp->bthp", x, self.x[...].astype(x.dtype)),
+            layers.project("btd,dhp->bthp", x, self.x),
             segments=segments,
             state=state["x"],
         )
         bc_BTPGN, bc_tail = self.bc_conv(
-            jnp.einsum("btd,dpgn->btpgn", x, self.bc[...].astype(x.dtype)),
+            layers.project("btd,dpgn->btpgn", x, self.bc),
             segments=segments,
             state=state["bc"],
         )
-        dt_BTH = (x @ self.dt[...].astype(x.dtype)).astype(mixer.wide(x.dtype))
+        dt_BTH = layers.project("btd,dh->bth", x, self.dt).astype(mixer.wide(x.dtype))
         dt_BTH = jax.nn.softplus(dt_BTH + self.dt_bias[...])
         y_BTHP, s_BHNP = gated_linear(
             bc_BTPGN[:, :, 1],
@@ -91,9 +91,9 @@ class Mixer(mixer.Mixer):
             scale=1.0,
         )
         y_BTHP = y_BTHP + u_BTHP * self.skip[...][:, None].astype(x.dtype)
-        z_BTHP = jnp.einsum("btd,dhp->bthp", x, self.z[...].astype(x.dtype))
+        z_BTHP = layers.project("btd,dhp->bthp", x, self.z)
         y_BTHP = self._gated_norm(y_BTHP * jax.nn.silu(z_BTHP))
-        y = jnp.einsum("bthp,hpd->btd", y_BTHP, self.o[...].astype(x.dtype))
+        y = layers.project("bthp,hpd->btd", y_BTHP, self.o)
         return y, {"x": x_tail, "bc": bc_tail, "s": s_BHNP}
 
     def _gated_norm(self, y_BTHP):

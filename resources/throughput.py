@@ -1,0 +1,91 @@
+"""Seconds: of a call, of several side by side, and of compiling."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from resources.report import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of repeated calls, results ready, on the named device."""
+
+    seconds: tuple[float, ...]
+    device: str
+
+    @property
+    def median(self) -> float:
+        """Half of the calls were faster."""
+        return statistics.median(self.seconds)
+
+    @property
+    def p95(self) -> float:
+        """The smallest time that at least 95 of 100 calls did not exceed."""
+        ordered = sorted(self.seconds)
+        return ordered[-(-95 * len(ordered) // 100) - 1]
+
+
+class Compiled(NamedTuple):
+    """A program, the jaxpr that it was compiled from, and the seconds from tracing to the end."""
+
+    program: Any
+    jaxpr: core.ClosedJaxpr
+    seconds: float
+
+
+def device_name() -> str:
+    """The first device's kind and the number of devices, as "cpu" or "4 x NVIDIA H100"."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}" if devices[1:] else devices[0].device_kind
+
+
+def compile_timed(jitted: Any, *args: Any) -> Compiled:
+    """Compile a jitted function for arguments (arrays or shapes); nothing runs."""
+    start = time.perf_counter()
+    traced = jitted.trace(*args)
+    program = traced.lower().compile()
+    return Compiled(program, traced.jaxpr, time.perf_counter() - start)
+
+
+def time_call(fn: Callable, *args: Any, warmup: int = 2, repeats: int = 10) -> Timing:
+    """Time `fn(*args)`; the warm-up calls, the first of which may compile, are not counted."""
+    return interleaved({"": lambda: fn(*args)}, warmup=warmup, repeats=repeats)[""]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], *, warmup: int = 2, repeats: int = 10
+) -> dict[str, Timing]:
+    """Time several calls in turn, A B B A A B ..., so that drift of the machine meets all alike.
+
+    Only ratios of numbers from one such run mean anything on a machine that others use.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} and warmup={warmup} must be at least 1 and 0.")
+    for call in calls.values():
+        for _ in range(warmup):
+            jax.block_until_ready(call())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(repeats):
+        for name in order:
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            seconds[name].append(time.perf_counter() - start)
+        order.reverse()
+    return {name: Timing(tuple(times), device_name()) for name, times in seconds.items()}
+
+
+def rows(kind: str, timing: Timing, tokens: int, compile_seconds: float) -> list[Row]:
+    """Rows of one kind of call that works on `tokens` tokens."""
+    return [
+        Row(f"{kind} throughput", tokens / timing.median, "tok/s", "measured"),
+        Row(f"{kind} call, median", timing.median, "s", "measured"),
+        Row(f"{kind} call, p95", timing.p95, "s", "measured", f"{len(timing.seconds)} calls"),
+        Row(f"{kind} compile", compile_seconds, "s", "measured"),
+    ]
