@@ -36,9 +36,12 @@ def main() -> int:
     with loading.configuration():
         groups = choose_groups(options["only"])
         subjects = choose_subjects(experiments, options["config"], options["column"])
+    from parallel import host
     from resources import report, throughput
     from training import guards
 
+    if options["only"] != "peak":  # the growth of a process that keeps memory would not show
+        host.keep_memory()
     try:
         with loading.configuration():
             # The peak first: it takes a process of its own, and some devices serve one at a time.

@@ -72,21 +72,23 @@ def conclude(result) -> None:
 def sample(result) -> tuple[str, float]:
     """Text that the model writes after the config's prompt, and tokens written per second."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
     from inference.generate import generate
 
     settings, tokenizer = result.plan.experiment.evaluation, result.plan.train.tokenizer
-    prompt = np.asarray([[tokenizer.separator, *tokenizer.encode(settings.sample_prompt.encode())]])
+    prompt = jnp.asarray(
+        [[tokenizer.separator, *tokenizer.encode(settings.sample_prompt.encode())]]
+    )
     write = functools.partial(
         generate,
         result.model,
-        prompt.astype(np.int32),
+        prompt,
         settings.sample_tokens,
         key=jax.random.key(result.plan.experiment.seed),
         temperature=settings.temperature,
     )
-    tokens = np.asarray(write())[0]  # compiles
+    tokens = jax.device_get(write())[0]  # compiles
     start = time.perf_counter()
     write().block_until_ready()
     seconds = time.perf_counter() - start

@@ -35,6 +35,8 @@ import _table as table  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from parallel import host  # noqa: E402
+
 LOGITS, LOSSES, GRADIENTS = 1e-4, 1e-3, 1e-3  # tolerances
 WARM_STEPS, BATCHES = 5, 8
 PROMPT, NEW_TOKENS = 16, 128
@@ -47,6 +49,7 @@ class Mismatch(Exception):
 def main() -> int:
     """Run the chosen comparisons; 0 when all outputs agree, 1 when some do not."""
     args = _arguments()
+    host.keep_memory()  # as train.py does; it holds for both sides
     torch.set_num_threads(args.threads)
     jax.config.update("jax_platforms", "cpu")
     if transformers.utils.is_kernels_available():

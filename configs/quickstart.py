@@ -1,4 +1,4 @@
-"""A first run on a laptop: RG-LRU and local attention, 1.3M parameters, byte level, Python's source.
+"""A first run on a laptop: RG-LRU and local attention, 1.3M parameters, byte level, on Python.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 

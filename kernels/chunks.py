@@ -7,7 +7,7 @@ and runs each chunk again: memory is the carries, not the chunks' insides.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def masks(within: Boundaries | None, chunk: int) -> Masks:
     )
 
 
-def scan(body: Callable, chunk: int, carry: PyTree, inputs: PyTree, fixed: PyTree):
+def scan(body: Callable, chunk: int, carry: PyTree, inputs: PyTree, fixed: PyTree) -> Any:
     """Run `body(carry, inputs, fixed) -> (carry, out)` over chunks of axis 1; (carry, out) of all.
 
     `inputs` and `fixed` are pytrees of (B, T, ...) arrays, T a multiple of `chunk`; `out` is one

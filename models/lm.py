@@ -97,15 +97,15 @@ class LM(nnx.Module):
 
         Rows whose first document is not the one that `state` left off in start from nothing.
         """
-        state = self.init_state(*tokens.shape) if state is None else state
-        number = state["segment"]
+        before: dict = self.init_state(*tokens.shape) if state is None else state
+        number = before["segment"]
         if segments is None:
             number = jnp.maximum(number, 1)
         else:
-            state = _resume(state, segments)
+            before = _resume(before, segments)
             _, last = mixer.first_and_last(segments)
             number = jnp.where(last > 0, last, number)
-        x, stacks, rest = self._blocks(tokens, segments, state)
+        x, stacks, rest = self._blocks(tokens, segments, before)
         return self.norm(x), {"segment": number, "stacks": stacks, "rest": rest}
 
     def loss(

@@ -19,11 +19,11 @@ from training.optimizer import make_optimizer, schedule
 class State(NamedTuple):
     """All that a run carries from step to step, and all that a checkpoint holds."""
 
-    step: jax.Array  # updates done (also the position in the data)
+    step: Any  # updates done (also the position in the data)
     params: Any  # float32 master weights, a nested dict
     optimizer: Any
     carry: Any  # model state of the rows (truncated BPTT), or ()
-    key: jax.Array  # random state
+    key: Any  # random state
 
 
 class Trainer(NamedTuple):
@@ -193,7 +193,7 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(
+        params, moments, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, moments, carry),
             (state.params, state.optimizer, state.carry),
@@ -206,7 +206,7 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
             "tokens": batch["weights"].sum(),
             "bytes": _bytes(batch, byte_lengths),
         }
-        return State(state.step + 1, *kept, state.key), metrics
+        return State(state.step + 1, params, moments, carry, state.key), metrics
 
     return update
 

@@ -67,7 +67,7 @@ def _softmax_attention(
     repeats = q.shape[2] // k.shape[2]
     k_BSHK = jnp.repeat(k.astype(wide), repeats, axis=2)
     v_BSHV = jnp.repeat(v.astype(wide), repeats, axis=2)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     s_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q.astype(wide), k_BSHK)
     visible_B1TS = visible_BTS[:, None]
     # A finite stand-in for -inf: rows without a visible key must not make NaN gradients.

@@ -44,14 +44,14 @@ def attention(
     Only pairs that hold a visible score are computed, and only pairs cut by the diagonal, the
     window or the end are masked (all are when `segments` is given).
     """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     rows, cols = block_sizes(q.shape[0] * q.shape[2], q.shape[1], window)
     plan = Plan(q.shape[1], rows, cols, causal, window, scale)
     common = jnp.result_type(q, k, v)
     padding = -plan.length % rows
     docs = None if segments is None else _documents(segments, padding)
     out = _flash(*(_pad(x.astype(common), padding) for x in (q, k, v)), docs, plan)
-    return out[:, : plan.length].astype(v.dtype)
+    return out[:, : plan.length].astype(v.dtype)  # pyright: ignore[reportIndexIssue]
 
 
 def cached_attention(
@@ -71,7 +71,7 @@ def cached_attention(
     The backward pass of a scan forms each chunk's scores again.
     """
     (batch, length, heads, _), slots = q.shape, k.shape[1]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     common = jnp.result_type(q, k, v)
     q_BTHK, k_BSGK, v_BSGV = (x.astype(common) for x in (q, k, v))
 

@@ -21,7 +21,7 @@ def gated_linear(
     accumulator = jnp.promote_types(v.dtype, jnp.float32)
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
-    scale = key_dim**-0.5 if scale is None else scale
+    scale = float(key_dim**-0.5 if scale is None else scale)
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
     if initial_state is None:

@@ -35,11 +35,13 @@ def short_conv(
         return _one_token(x, weight, bias, segments, tail_BVD, activation)
     if segments is None:
         y_BTD = _convolve(activation, x, weight, bias, tail_BVD, None, None)
-        return y_BTD, _last_inputs(x, weight.shape[0], tail_BVD)
+        tail = _last_inputs(x, weight.shape[0], tail_BVD)
+        return y_BTD, tail  # pyright: ignore[reportReturnType]
     reach = _reach(segments, weight.shape[0])
     first = packed.ordinals(segments) == 0
     y_BTD = _convolve(activation, x, weight, bias, tail_BVD, reach, first)
-    return y_BTD, _packed_last_inputs(x, weight.shape[0], tail_BVD, segments, first)
+    tail = _packed_last_inputs(x, weight.shape[0], tail_BVD, segments, first)
+    return y_BTD, tail  # pyright: ignore[reportReturnType]
 
 
 def _one_token(x, weight, bias, segments, tail_BVD, activation):

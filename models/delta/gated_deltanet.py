@@ -6,6 +6,7 @@ may share a key head (as in Qwen3-Next).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Mixer(mixer.Mixer):
         self.v = layers.weight(rngs, init, (width, heads, value), ("embed", "heads", "value"))
         self.z = layers.weight(rngs, init, (width, heads, value), ("embed", "heads", "value"))
         self.ba = layers.weight(rngs, init, (width, 2, heads), ("embed", "parts", "heads"))
-        conv = dict(width=config.conv, bias=False, activation="silu")
+        conv: dict[str, Any] = dict(width=config.conv, bias=False, activation="silu")
         self.qk_conv = layers.ShortConv((2, groups, key), ("parts", "heads", "key"), rngs, **conv)
         self.v_conv = layers.ShortConv((heads, value), ("heads", "value"), rngs, **conv)
         self.log_a = layers.weight(rngs, layers.log_uniform(1.0, 16.0), (heads,), ("heads",))

@@ -5,6 +5,7 @@ q, k and v; B and C are shared by the heads of a group; the block has no separat
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class Mixer(mixer.Mixer):
         self.x = layers.weight(rngs, init, (width, heads, dim), ("embed", *head_dims))
         self.bc = layers.weight(rngs, init, (width, 2, groups, state), ("embed", *group_dims))
         self.dt = layers.weight(rngs, init, (width, heads), ("embed", "heads"))
-        conv = dict(width=config.conv, activation="silu")
+        conv: dict[str, Any] = dict(width=config.conv, activation="silu")
         self.x_conv = layers.ShortConv((heads, dim), head_dims, rngs, **conv)
         self.bc_conv = layers.ShortConv((2, groups, state), group_dims, rngs, **conv)
         self.dt_bias = layers.weight(rngs, layers.inverse_softplus(1e-3, 0.1), (heads,), ("heads",))
