@@ -106,6 +106,7 @@ def merge_heads(x_xxxRV):
 
 
 def split_heads(x, heads):
+    """The inverse of merging heads: (..., H x V) to (..., H, V)."""
     return x.reshape(*x.shape[:-1], heads, -1)
 
 

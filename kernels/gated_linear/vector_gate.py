@@ -85,6 +85,7 @@ def by_head(scale, accumulator, within, q, k, v, log_decay):
 
 
 def masked(mask, a_BHCS, read_BHCK, write_BHCK, keep_BHK):
+    """Scores and factors with zeros where a document boundary or padding stands between."""
     return (
         jnp.where(mask.pair[:, None], a_BHCS, 0),
         jnp.where(mask.read[:, None, :, None], read_BHCK, 0),
