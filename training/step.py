@@ -186,7 +186,7 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
 
     def update(state: State, batch) -> tuple[State, dict]:
         loss, carry, grads = gradient(state.params, batch, state.carry)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if config.clip_norm:
             scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * scale, grads)

@@ -1,0 +1,134 @@
+"""The training step: meshes, microbatches, carried states, guarded updates, schedules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.schema import Data, Experiment, Optimizer
+from models import lm
+from models.attention import softmax
+from models.recurrent import rg_lru
+from parallel.mesh import make_mesh
+from tests.tolerance import assert_close
+from training.optimizer import schedule
+from training.step import make_trainer, put_batch
+
+BATCH, LENGTH, STEPS = 8, 16, 4
+
+
+def batch(seed=0, length=LENGTH):
+    """Random tokens, two documents a row."""
+    tokens = np.random.default_rng(seed).integers(0, 257, (BATCH, length + 1)).astype(np.int32)
+    segments = np.where(np.arange(length) < length // 3, 1, 2) + np.zeros((BATCH, 1), int)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments.astype(np.int32),
+        "weights": np.ones((BATCH, length), np.float32),
+    }
+
+
+@functools.cache
+def run(name="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=False):
+    """Losses of four steps and the weights after them, on a mesh over the first devices."""
+    experiment = Experiment(
+        model=lm.Config(
+            vocabulary=264,
+            width=32,
+            depth=3,
+            pattern=(rg_lru.Config(), softmax.Config(heads=4, window=8)),
+            dtype="float32",
+        ),
+        steps=STEPS,
+        carry_state=carry,
+        data=Data(batch=BATCH, length=LENGTH),
+        optimizer=Optimizer(name=name, warmup_steps=1, accumulation=accumulation),
+    )
+    mesh = on_devices(dict(sizes))
+    losses = []
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(experiment, mesh, np.ones(264))
+        state = trainer.init()
+        for step in range(STEPS):
+            rows = batch(step)
+            if poison and step == 2:
+                rows["weights"][0, 0] = np.nan
+                before = jax.device_get(state.params)
+            state, metrics = trainer.step(state, put_batch(trainer.batch, rows))
+            losses.append(float(metrics["loss"]))
+            if poison and step == 2:
+                assert not bool(metrics["finite"])
+                for a, b in zip(
+                    jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True
+                ):
+                    np.testing.assert_array_equal(a, np.asarray(b))
+        return losses, jax.device_get(state.params)
+
+
+def on_devices(sizes):
+    """The full mesh of eight devices, or one device alone."""
+    if sizes == {"data": 1}:
+        one = jax.devices()[:1]
+        auto = (jax.sharding.AxisType.Auto,) * 3
+        return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=one)
+    return make_mesh(**sizes)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+def test_any_mesh_gives_the_same_losses_and_weights(name, sizes):
+    losses, params = run(name, sizes=tuple(sizes.items()))
+    alone, alone_params = run(name)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(alone_params), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-3)  # Adam's first steps have the size of rate
+
+
+def test_microbatches_give_the_same_losses():
+    losses, _ = run(accumulation=4)
+    np.testing.assert_allclose(losses, run()[0], rtol=1e-5)
+
+
+def test_a_non_finite_update_is_skipped():
+    losses, params = run(poison=True)
+    assert not np.isfinite(losses[2]) and np.isfinite(losses[3])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_carried_state_reads_the_batch_before():
+    assert run(carry=True)[0][0] == pytest.approx(run()[0][0], rel=1e-6)
+    model = lm.Config(width=32, depth=2, pattern=(rg_lru.Config(),), dtype="float32")
+    built = model.build(nnx.Rngs(0))
+    rows = batch(length=2 * LENGTH)
+    rows["segments"][:] = 7  # one document that goes on
+    rows = {name: jnp.asarray(array) for name, array in rows.items()}
+    cut = [{k: v[:, s] for k, v in rows.items()} for s in (slice(0, LENGTH), slice(LENGTH, None))]
+    state, total = None, 0.0
+    for part in cut:
+        ids = part.pop("segments")
+        loss, _, state = built.loss_and_state(**part, segments=ids, state=state)
+        total += loss
+    ids = rows.pop("segments")
+    assert_close(total, built.loss(**rows, segments=ids)[0], np.float32, "two batches")
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_schedules_rise_hold_and_end(name):
+    config = Optimizer(schedule=name, learning_rate=1.0, warmup_steps=10, decay_fraction=0.2)
+    rate = schedule(config, 100)
+    rates = np.asarray([float(rate(step)) for step in range(100)])
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert np.all(np.diff(rates[10:]) <= 1e-6)
+    end = {"cosine": 0.1, "wsd": 0.1, "constant": 1.0}[name]
+    assert rates[-1] == pytest.approx(end, abs=0.06)
+    assert rates[60] == pytest.approx(1.0) or name == "cosine"
+
+
+def test_more_steps_learn_one_batch():
+    for name in ("adamw", "muon"):
+        losses, _ = run(name)
+        assert losses[-1] < losses[0]
