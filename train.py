@@ -77,9 +77,8 @@ def sample(result) -> tuple[str, float]:
     from inference.generate import generate
 
     settings, tokenizer = result.plan.experiment.evaluation, result.plan.train.tokenizer
-    prompt = jnp.asarray(
-        [[tokenizer.separator, *tokenizer.encode(settings.sample_prompt.encode())]]
-    )
+    start_of_text = tokenizer.encode(settings.sample_prompt.encode()).tolist()
+    prompt = jnp.asarray([[tokenizer.separator, *start_of_text]], jnp.int32)
     write = functools.partial(
         generate,
         result.model,
