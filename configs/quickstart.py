@@ -2,7 +2,7 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes: about two and a half minutes on 2 CPU cores, compilation and evaluation included.
+Takes: 2 minutes and 10 seconds on 2 CPU cores, compilation and evaluation included.
 Expected: 2.05 bits per byte on validation (bigrams reach 3.50, gzip -9 1.82).
 """
 

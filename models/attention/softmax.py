@@ -30,6 +30,9 @@ class Config:
         return Mixer(self, width, rngs)
 
 
+CASES = (Config(), Config(kv_heads=1, window=16))  # what the contract is proven for
+
+
 class Mixer(mixer.Mixer):
     """o_t = softmax_s(q_t k_s / sqrt(K)) v_s over the visible s, then the output projection."""
 
@@ -45,8 +48,9 @@ class Mixer(mixer.Mixer):
             raise ValueError(f"window={config.window} is negative. Use 0 (all) or at least 1.")
         init = layers.fan_in(width)
         self.q = layers.weight(rngs, init, (width, heads, dim), ("embed", "heads", "key"))
+        shared = "heads" if groups > 1 else "groups"  # a single head is whole on every device
         self.kv = layers.weight(
-            rngs, init, (width, 2, groups, dim), ("embed", "parts", "heads", "key")
+            rngs, init, (width, 2, groups, dim), ("embed", "parts", shared, "key")
         )
         out = layers.fan_in(heads, dim)
         self.o = layers.weight(rngs, out, (heads, dim, width), ("heads", "key", "embed"))
