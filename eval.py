@@ -149,11 +149,11 @@ class Subject:
 
     def compile(self, jitted, *args) -> Any:
         """`throughput.Compiled` of a function on this config's mesh."""
-        import jax
 
+        from parallel import sharding
         from resources import throughput
 
-        with jax.set_mesh(self.trainer.batch["inputs"].sharding.mesh):
+        with sharding.on(self.trainer.batch["inputs"].sharding.mesh):
             return throughput.compile_timed(jitted, *args)
 
 
@@ -249,8 +249,8 @@ def parameters(subject: Subject) -> list:
 
 def quality(subject: Subject, workdir: str) -> Any:
     """Bits per byte on validation data, with the weights of the newest checkpoint of `workdir`."""
-    import jax
 
+    from parallel import sharding
     from resources.report import Row, not_available
     from training import checkpoint, loop
 
@@ -269,7 +269,7 @@ def quality(subject: Subject, workdir: str) -> Any:
     if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
         return not_available(name, unit, f"the checkpoint in {folder} is of another model")
     batches = min(subject.experiment.evaluation.batches, len(plan.validation))
-    with jax.set_mesh(plan.mesh):
+    with sharding.on(plan.mesh):
         bits = loop.evaluate(plan, restored.tree["params"], batches)
     note = f"step {restored.meta['step']}, {batches} of {len(plan.validation)} batches"
     return Row(name, bits, unit, "measured", note)

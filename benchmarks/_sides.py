@@ -16,6 +16,7 @@ from flax import nnx
 from configs import schema
 from inference.generate import generate
 from models import lm
+from parallel import sharding
 from parallel.mesh import make_mesh
 from training.step import make_trainer, put_batch
 
@@ -105,7 +106,7 @@ def our_step(config: lm.Config, params: dict, batch: int) -> tuple[Step, Callabl
         rows = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], segments=ones)
         rows["weights"] = ones.astype(np.float32)
         rows = {name: np.asarray(rows[name], trainer.batch[name].dtype) for name in rows}
-        with jax.set_mesh(mesh):
+        with sharding.on(mesh):
             state, metrics = trainer.step(state, put_batch(trainer.batch, rows))
         jax.block_until_ready(state)
         return float(metrics["loss"])

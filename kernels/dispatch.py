@@ -6,16 +6,28 @@ import importlib
 import importlib.util
 import logging
 import math
+import types
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+from kernels import evidence
 
 IMPLEMENTATIONS = ("ref", "xla", "pallas_tpu", "pallas_gpu")
 log = logging.getLogger(__name__)
 # Part of JAX's trace caches: a function jitted under one value is traced anew under another.
 _named = jax.make_user_context(None)
 _labels = jax.make_user_context(None)
+_interpreter = jax.make_user_context(None)
+_layout = jax.make_user_context(None)
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
 
 
 @contextlib.contextmanager
@@ -23,6 +35,45 @@ def using(impl: str):
     """Within the block every call that names no implementation traces `impl`, or raises."""
     with _named(impl):
         yield
+
+
+@contextlib.contextmanager
+def interpreting(mode: Any = True) -> Iterator[None]:
+    """Within the block TPU kernels run in Pallas' interpreter, on any platform.
+
+    True is the fast form, for numbers; a `pltpu.InterpretParams` also simulates memories and
+    copies, and can look for races.
+    """
+    with _interpreter(mode):
+        yield
+
+
+def interpreter() -> Any:
+    """The mode of the interpreter that kernels traced now are for; None for the real device."""
+    return _interpreter.value
+
+
+@contextlib.contextmanager
+def layout(*, batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> Iterator[None]:
+    """Within the block TPU kernels split rows over the mesh axes `batch`, heads over `heads`."""
+    with _layout((batch, heads)):
+        yield
+
+
+def current_layout() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(batch, heads) of the `layout` around the call; None outside of one."""
+    return _layout.value
+
+
+def target() -> str:
+    """What is traced for: a TPU generation (v4, v5e, v5p, v6e, tpu7x) or a platform.
+
+    A mesh in context decides, which may be of a machine that is not there; else the default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    platform = jax.default_backend() if device is None else device.platform
+    return GENERATIONS.get(kind, platform)
 
 
 class Label(NamedTuple):
@@ -52,31 +103,59 @@ def labelling() -> Iterator[dict[str, Label]]:
 
 
 @functools.cache
-def implementations(operation: str) -> tuple[str, ...]:
-    """The implementations that `kernels/<operation>/` holds, as module names."""
+def implementations(operation: str, function: str = "") -> tuple[str, ...]:
+    """The modules of `kernels/<operation>/` that implement `function` (the folder's, if "")."""
     found = importlib.util.find_spec
-    return tuple(n for n in IMPLEMENTATIONS if found(f"kernels.{operation}.{n}") is not None)
+    present = (n for n in IMPLEMENTATIONS if found(f"kernels.{operation}.{n}") is not None)
+    return tuple(n for n in present if hasattr(_module(operation, n), function or operation))
 
 
 def choose(operation: str, function: str, impl: str | None) -> Callable:
     """The callable `kernels.<operation>.<impl>.<function>`.
 
-    `impl=None` takes the chunked XLA form, the default on every platform until committed evidence
-    says otherwise. A named implementation runs or raises ValueError.
+    A named implementation runs or raises ValueError. `impl=None` takes the TPU kernel where
+    kernels/evidence.json says that it compiles for the generation at hand and is the faster form,
+    and where the kernel covers the call; everywhere else the chunked XLA form.
     """
-    known = implementations(operation)
     impl = _named.value if impl is None else impl
     if impl is None:
-        impl = "xla"
-        _announce(operation, impl, jax.default_backend())
-    if impl not in known:
-        listed = ", ".join(known)
-        raise ValueError(
-            f"{operation} has no implementation {impl!r}; it has {listed} (or None: chosen)."
-        )
-    run = getattr(importlib.import_module(f"kernels.{operation}.{impl}"), function)
+        run = _default(operation, function)
+    else:
+        known = implementations(operation, function)
+        if impl not in known:
+            raise ValueError(
+                f"{function} has no implementation {impl!r}; it has {', '.join(known)} "
+                f"(or None: chosen)."
+            )
+        if impl == "pallas_tpu" and interpreter() is None and target() not in GENERATIONS.values():
+            raise ValueError(
+                f"{function} as pallas_tpu needs a TPU and this is traced for {target()}; use xla, "
+                f"or call it within kernels.dispatch.interpreting()."
+            )
+        run = getattr(_module(operation, impl), function)
     labels = _labels.value
     return run if labels is None else _labelled(operation, function, run, labels.calls)
+
+
+def _default(operation: str, function: str) -> Callable:
+    plain = getattr(_module(operation, "xla"), function)
+    if not evidence.favours(operation, function, target()):
+        _announce(function, "xla", target())
+        return plain
+    module = _module(operation, "pallas_tpu")
+    kernel = getattr(module, function)
+
+    @functools.wraps(plain)
+    def run(*args, **kwargs):
+        reason = module.uncovered(function, *args, **kwargs)
+        _announce(function, "xla" if reason else "pallas_tpu", target(), reason)
+        return (plain if reason else kernel)(*args, **kwargs)
+
+    return run
+
+
+def _module(operation: str, impl: str) -> types.ModuleType:
+    return importlib.import_module(f"kernels.{operation}.{impl}")
 
 
 def _labelled(operation: str, function: str, run: Callable, labels: dict[str, Label]) -> Callable:
@@ -114,5 +193,5 @@ def _cost(operation: str, function: str) -> Callable | None:
 
 
 @functools.cache
-def _announce(operation: str, impl: str, platform: str) -> None:
-    log.info("kernels.%s runs as %s on %s", operation, impl, platform)
+def _announce(function: str, impl: str, where: str, reason: str = "") -> None:
+    log.info("kernels: %s runs as %s on %s%s", function, impl, where, reason and f" ({reason})")

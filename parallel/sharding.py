@@ -1,11 +1,15 @@
 """Two short tables map the names of dimensions to mesh axes; a name that is missing is an error."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from kernels import dispatch
 
 WEIGHTS: dict[str, str | None] = {
     "embed": "fsdp",
@@ -26,6 +30,14 @@ ACTIVATIONS: dict[str, tuple[str, ...] | None] = {
     "time": None,
     "embed": None,
 }
+
+
+@contextlib.contextmanager
+def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Within the block programs are traced for `mesh`, TPU kernels included."""
+    heads = (WEIGHTS["heads"],)
+    with jax.set_mesh(mesh), dispatch.layout(batch=ACTIVATIONS["batch"] or (), heads=heads):
+        yield
 
 
 def weight_spec(dims: tuple[str, ...]) -> P:

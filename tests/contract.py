@@ -250,7 +250,7 @@ def sharded(config) -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     dims = lm.weight_dims(nnx.merge(graph, params))
     place = lambda p, d: jax.device_put(p, sharding.weight_sharding(mesh, "weight", p.shape, d))
-    with jax.set_mesh(mesh):
+    with sharding.on(mesh):
         rows = NamedSharding(mesh, P(("data", "fsdp")))
         got = jax.jit(grad)(jax.tree.map(place, params, dims), jax.device_put(x, rows))
     close(got, want, "sharded: ")

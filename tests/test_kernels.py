@@ -1,13 +1,17 @@
 """Every implementation of every operation against its reference in float64.
 
-Operations are the folders of kernels/ that hold a cases.py; implementations are the modules beside
-it. Nothing is named here, so a new folder is tested as soon as it exists. What an operation needs:
+Operations are found by the `draw` functions of kernels/<folder>/cases.py: `draw` serves the public
+function named like the folder, `draw_<function>` another one, here called "<folder>.<function>".
+Implementations are the modules beside it. Nothing is named here, so a new folder is tested as soon
+as it exists. What an operation needs:
 
-- `kernels/<op>/__init__.py` exports a function `<op>` that takes `impl`, `segments` if it packs;
-- `cases.draw(rng, *, batch, length, dtype, extreme=False)` returns its keyword arguments, without
+- `kernels/<folder>/__init__.py` exports the function; it takes `impl`, and `segments` if it packs;
+- `draw(rng, *, batch, length, dtype, extreme=False)` returns its keyword arguments, without
   segments, as NumPy arrays whose shapes depend on batch and length alone;
 - `cases.NO_GRADIENT`, optional: names of floating arguments without a gradient;
 - `cases.NO_GRADIENT_OUTPUTS`, optional: positions of outputs through which no gradient flows.
+
+TPU kernels run in Pallas' interpreter.
 """
 
 import functools
@@ -28,11 +32,28 @@ from kernels import dispatch
 from tests.tolerance import assert_close
 
 FOLDER = Path(dispatch.__file__).parent
-OPERATIONS = sorted(path.parent.name for path in FOLDER.glob("*/cases.py"))
+
+
+def find_operations() -> list[str]:
+    found = []
+    for folder in sorted(path.parent.name for path in FOLDER.glob("*/cases.py")):
+        names = vars(importlib.import_module(f"kernels.{folder}.cases"))
+        others = (n.removeprefix("draw_") for n in names if n.startswith("draw_"))
+        found += [folder, *(f"{folder}.{other}" for other in others)]
+    return found
+
+
+def parts(operation: str) -> tuple[str, str]:
+    """(folder, function)."""
+    folder, _, function = operation.partition(".")
+    return folder, function or folder
+
+
+OPERATIONS = find_operations()
 CASES = [
     (operation, impl)
     for operation in OPERATIONS
-    for impl in dispatch.implementations(operation)
+    for impl in dispatch.implementations(*parts(operation))
     if impl != "ref"
 ]
 BATCH = 2
@@ -42,15 +63,22 @@ Arguments = dict[str, np.ndarray]
 
 
 def public(operation: str) -> Callable:
-    return getattr(importlib.import_module(f"kernels.{operation}"), operation)
+    folder, function = parts(operation)
+    return getattr(importlib.import_module(f"kernels.{folder}"), function)
 
 
 def cases(operation: str) -> types.ModuleType:
-    return importlib.import_module(f"kernels.{operation}.cases")
+    return importlib.import_module(f"kernels.{parts(operation)[0]}.cases")
 
 
 def takes_segments(operation: str) -> bool:
     return "segments" in inspect.signature(public(operation)).parameters
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    with dispatch.interpreting():
+        yield
 
 
 each_case = pytest.mark.parametrize(("operation", "impl"), CASES)
@@ -65,7 +93,8 @@ def is_floating(value) -> bool:
 
 def draw(operation: str, length: int, dtype: str, *, seed=0, extreme=False, batch=BATCH) -> dict:
     rng = np.random.default_rng(seed)
-    return cases(operation).draw(
+    drawer = "_".join(["draw", *operation.split(".")[1:]])
+    return getattr(cases(operation), drawer)(
         rng, batch=batch, length=length, dtype=jnp.dtype(dtype), extreme=extreme
     )
 
@@ -328,7 +357,8 @@ def test_a_batch_sharded_over_devices_gives_the_same(operation, impl):
 
     variables, constants, settings = split(operation, arguments)
     placed = [{n: place(n, v) for n, v in group.items()} for group in (variables, constants)]
-    outputs, gradients = program(operation, impl, settings)(*placed, cotangents)
+    with jax.set_mesh(mesh), dispatch.layout(batch=("data",)):
+        outputs, gradients = program(operation, impl, settings)(*placed, cotangents)
     expected, slopes = evaluate(operation, impl, arguments, cotangents)
     for position, (found, want) in enumerate(zip(outputs, expected, strict=True)):
         assert_close(found, want, "float32", f"output {position}")
@@ -342,7 +372,7 @@ def test_an_unknown_implementation_raises_and_names_the_known(operation):
     arrays = {n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in drawn.items()}
     with pytest.raises(ValueError, match="has no implementation 'fastest'") as error:
         public(operation)(**arrays, impl="fastest")
-    for impl in dispatch.implementations(operation):
+    for impl in dispatch.implementations(*parts(operation)):
         assert impl in str(error.value)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from configs import schema
 from data.pipeline import Split, open_split
 from models import lm
+from parallel import sharding
 from parallel.mesh import make_mesh
 from training import guards, plot
 from training.checkpoint import Checkpoints
@@ -89,7 +90,7 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
 
 def compile_step(plan: Plan):
     """The training step, compiled for the shapes of the plan."""
-    with jax.set_mesh(plan.mesh):
+    with sharding.on(plan.mesh):
         return plan.trainer.step.lower(plan.trainer.abstract, plan.trainer.batch).compile()
 
 
@@ -117,7 +118,7 @@ def train(
             folder / "checkpoints", keep=saved.keep, keep_best=saved.keep_best
         )
         stack.callback(checkpoints.close)
-        stack.enter_context(jax.set_mesh(plan.mesh))
+        stack.enter_context(sharding.on(plan.mesh))
         return _run(plan, log, checkpoints, stop, profile)
 
 

@@ -39,7 +39,7 @@ def test_the_default_is_announced_once(caplog):
             chosen = dispatch.choose("linear_scan", "linear_scan", None)
     assert chosen.__module__ == "kernels.linear_scan.xla"
     assert [record.getMessage() for record in caplog.records] == [
-        "kernels.linear_scan runs as xla on cpu"
+        "kernels: linear_scan runs as xla on cpu"
     ]
 
 

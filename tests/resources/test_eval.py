@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from configs import schema
 from models import lm
+from parallel import sharding
 from tests.resources.test_report import check_layout
 from training import checkpoint, loop
 
@@ -176,7 +176,7 @@ def trained(tmp_path_factory):
     meta = {"model": schema.fingerprint(experiment.model), "data": "", "metric": 0.0}
     saved.save(3, state, meta)
     saved.close()
-    with jax.set_mesh(plan.mesh):
+    with sharding.on(plan.mesh):
         expected = loop.evaluate(plan, state.params, experiment.evaluation.batches)
     return str(folder / "run"), experiment, expected
 

@@ -12,6 +12,7 @@ from configs.schema import Data, Experiment, Optimizer
 from models import lm
 from models.attention import softmax
 from models.recurrent import rg_lru
+from parallel import sharding
 from parallel.mesh import make_mesh
 from tests.tolerance import assert_close
 from training.optimizer import schedule
@@ -50,7 +51,7 @@ def run(name="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=
     )
     mesh = on_devices(dict(sizes))
     losses = []
-    with jax.set_mesh(mesh):
+    with sharding.on(mesh):
         trainer = make_trainer(experiment, mesh, np.ones(264))
         state = trainer.init()
         for step in range(STEPS):

@@ -1,0 +1,54 @@
+"""Real TPU programs compiled on a host without a TPU (extra `aot`: libtpu)."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels import dispatch
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+# Without these libtpu looks for a machine's metadata server, prints and locks.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def mesh(generation: str, *, whole: bool = False) -> Mesh:
+    """One device of a generation as a mesh, or a host of four chips as (data 2, tensor 2 or 4)."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
+    devices = np.array(found.devices if whole else found.devices[:1])
+    shape = (2, len(devices) // 2) if whole else (1, 1)
+    return Mesh(devices.reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> Any:
+    """`function(**arguments)` of `jax.ShapeDtypeStruct`s, compiled; rows are split over `data`."""
+    ways = mesh.shape["data"]
+
+    def place(x):
+        first = "data" if x.ndim and x.shape[0] % ways == 0 and x.ndim > 1 else None
+        sharding = NamedSharding(mesh, P(first))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    given = jax.tree.map(place, arguments)
+    with jax.set_mesh(mesh), dispatch.layout(batch=("data",), heads=("tensor",)):
+        return jax.jit(lambda given: function(**given)).lower(given).compile()

@@ -1,0 +1,197 @@
+"""What all Pallas TPU kernels share: the call with its cost, and the mesh."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from kernels import dispatch
+from kernels.count import Walk
+
+
+def call(
+    body: Callable,
+    *arrays: jax.Array,
+    grid: tuple[int, ...],
+    ins: Sequence[pl.BlockSpec],
+    outs: Sequence[pl.BlockSpec],
+    out_types: Sequence[jax.ShapeDtypeStruct],
+    semantics: str,
+    scratch: Sequence[Any] = (),
+    lists: Sequence[np.ndarray | jax.Array] = (),
+    vmem: int = 0,
+    name: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """`pl.pallas_call` with its cost derived from the body, the grid and the blocks.
+
+    `semantics` is a letter a grid axis: p (parallel) or a (arbitrary: in order, carries scratch).
+    `lists` are int32 arrays read by scalars, handed to every index map after the grid indices
+    (scalar prefetch); the body gets their refs first. `vmem` in bytes raises the compiler's limit.
+    """
+    varying = _varying((arrays, lists))
+    shapes = [
+        jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=varying) if varying else o
+        for o in out_types
+    ]
+    kinds = {"p": pltpu.PARALLEL, "a": pltpu.ARBITRARY}
+
+    def build(cost):
+        return pl.pallas_call(
+            body,
+            out_shape=shapes,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(lists),
+                grid=grid,
+                in_specs=ins,
+                out_specs=outs,
+                scratch_shapes=scratch,
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=tuple(kinds[letter] for letter in semantics),
+                vmem_limit_bytes=vmem or None,
+            ),
+            cost_estimate=cost,
+            interpret=dispatch.interpreter() or False,
+            name=name or getattr(body, "__name__", None),
+        )
+
+    traced = jax.make_jaxpr(build(None))(*lists, *arrays)
+    steps = math.prod(grid)
+    blocks = zip((*ins, *outs), (*arrays, *shapes), strict=True)
+    moved = sum(_bytes(spec, x, grid, lists) for spec, x in blocks)
+    flops = _body_flops(traced)
+    cost = pl.CostEstimate(
+        flops=int(steps * (flops.matmul or flops.elementwise)),
+        transcendentals=int(steps * flops.transcendental),
+        bytes_accessed=int(moved),
+    )
+    return tuple(build(cost)(*lists, *arrays))
+
+
+def _body_flops(traced):
+    """One grid step's count. Kernels with matrix products are counted by those, as papers do."""
+    (eqn,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "pallas_call")
+    return Walk().run(eqn.params["jaxpr"])
+
+
+def _bytes(spec: Any, x: Any, grid, lists) -> int:
+    """What a block's copies move; an array that the body copies for itself counts once."""
+    if spec.block_shape is None:
+        return x.size * x.dtype.itemsize
+    block = math.prod(size for size in spec.block_shape if size)
+    return block * x.dtype.itemsize * fetches(spec, grid, lists)
+
+
+def fetches(spec: Any, grid: tuple[int, ...], lists: Sequence = ()) -> int:
+    """How often a block is copied: once for every change of its index along the grid.
+
+    Indices that come from a list known only at run time count as a change at every step.
+    """
+    index_map = spec.index_map
+    if any(not isinstance(entries, np.ndarray) for entries in lists):
+        probes = [np.zeros(entries.shape, np.int32) for entries in lists]
+        if _depends_on_lists(index_map, grid, lists):
+            return math.prod(grid)
+        lists = probes
+
+    def block(*indices):
+        with jax.ensure_compile_time_eval():
+            found = index_map(*indices, *lists)
+        return [np.asarray(i) for i in jax.tree.leaves(found)]
+
+    def changes(axis):
+        """Runs of equal blocks along one axis, the others at 0."""
+        size = grid[axis]
+        along = [np.zeros(size, np.int32) for _ in grid]
+        along[axis] = np.arange(size, dtype=np.int32)
+        columns = [np.broadcast_to(i, (size,)) for i in block(*along)]
+        differ = np.zeros(size - 1, bool)
+        for column in columns:
+            differ |= np.diff(column) != 0
+        return 1 + int(differ.sum())
+
+    runs = [changes(axis) for axis in range(len(grid))]
+    moving = [axis for axis, count in enumerate(runs) if count > 1]
+    if not moving:
+        return 1
+    last = moving[-1]
+    return math.prod(grid[:last]) * runs[last]
+
+
+def _depends_on_lists(index_map, grid, lists) -> bool:
+    indices = [jax.ShapeDtypeStruct((), jnp.int32)] * len(grid)
+    traced = jax.make_jaxpr(index_map)(*indices, *lists)
+    used = {v for eqn in traced.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+    return any(v in used for v in traced.jaxpr.invars[len(grid) :])
+
+
+def _varying(tree):
+    """The union of what the arrays vary over inside a `shard_map`; None outside."""
+    found = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree)]
+    axes = frozenset().union(*(kind.varying for kind in found))
+    return next((kind for kind in found if kind.varying == axes), None) if axes else None
+
+
+def over_mesh(
+    function: Callable,
+    arguments: Mapping[str, Any],
+    dims: Mapping[str, str],
+    outputs: tuple[str, ...],
+):
+    """`function(**arguments)`, each device on its own rows and heads; as it is without a mesh.
+
+    `dims` gives an array a letter a dimension: b is split over the batch axes of `dispatch.layout`, h, g
+    (heads and the groups they share) and d (channels) over its heads axes, all others are whole. A
+    dimension that does not divide evenly stays whole, and with it all heads, on every device.
+    Mosaic kernels cannot be partitioned by the compiler, so a mesh without a `layout` raises.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind != AxisType.Manual and mesh.shape[axis] > 1]  # fmt: skip
+    arrays = {name: x for name, x in arguments.items() if name in dims and x is not None}
+    rest = {name: x for name, x in arguments.items() if name not in arrays}
+    if not auto:
+        return function(**arrays, **rest)
+    split_over = dispatch.current_layout()
+    if split_over is None:
+        raise ValueError(
+            f"a TPU kernel is called under a mesh with axes {', '.join(auto)}, and nothing says "
+            f"which of them split rows and heads; call it within kernels.dispatch.layout(...)."
+        )
+    axes = dict(zip("bh", split_over, strict=True))
+    split = {"b": _that_divide(arrays, dims, "b", mesh, axes["b"])}
+    heads = _that_divide(arrays, dims, "hgd", mesh, axes["h"])
+    split |= dict.fromkeys("hgd", heads)
+
+    def spec(letters):
+        return P(*(split.get(letter) or None for letter in letters.split()))
+
+    specs = {name: spec(dims[name]) for name in arrays}
+    result: tuple[P, ...] = tuple(spec(letters) for letters in outputs)
+    run = jax.shard_map(
+        lambda given: function(**given, **rest),
+        in_specs=(specs,),
+        out_specs=result[0] if len(result) == 1 else result,
+        check_vma=False,
+    )
+    return run(arrays)
+
+
+def _that_divide(arrays, dims, letters, mesh, axes) -> tuple[str, ...]:
+    """`axes`, or none of them if some dimension with one of these letters does not divide."""
+    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    sizes = (
+        size
+        for name, x in arrays.items()
+        for size, letter in zip(x.shape, dims[name].split(), strict=True)
+        if letter in letters
+    )
+    return axes if all(size % ways == 0 for size in sizes) else ()

@@ -1,0 +1,71 @@
+"""The committed evidence is complete, and dispatch follows it."""
+
+import pytest
+
+from kernels import aot, dispatch, evidence
+
+SUBJECTS = list(evidence.subjects())
+ROWS = [
+    (folder, function, generation, sizes)
+    for folder, function, sizes in SUBJECTS
+    for generation in aot.TOPOLOGIES
+]
+
+
+@pytest.mark.parametrize(("folder", "function", "generation", "sizes"), ROWS)
+def test_every_size_is_listed_for_every_generation(folder, function, generation, sizes):
+    found = evidence.load()["functions"][evidence.title(folder, function)][generation]
+    assert [row["size"] for row in found] == list(sizes)
+    for row in found:
+        assert row["compiled"], f"{row['size']}: {row.get('error')}"
+        assert min(row["flops"], row["bytes"], row["seconds"], row["xla_seconds"]) > 0
+
+
+ROW = {"size": "any", "compiled": True, "seconds": 1.0, "xla_seconds": 2.0}
+
+
+@pytest.fixture
+def on_v5e(monkeypatch):
+    """As if traced for a v5e with one row of evidence; yields what is recorded, to be edited."""
+    found = {"functions": {"linear_scan": {"v5e": [dict(ROW)]}}}
+    monkeypatch.setattr(evidence, "load", lambda: found)
+    monkeypatch.setattr(dispatch, "target", lambda: "v5e")
+    for impl in ("xla", "pallas_tpu"):
+        module = dispatch._module("linear_scan", impl)
+        monkeypatch.setattr(module, "linear_scan", lambda *_, impl=impl, **__: impl)
+    monkeypatch.setattr(module, "uncovered", lambda _, reason="": reason)
+    return found["functions"]["linear_scan"]
+
+
+def chosen(*args) -> str:
+    """Which implementation a call with impl=None runs."""
+    return dispatch.choose("linear_scan", "linear_scan", None)(*args)
+
+
+def test_evidence_makes_the_kernel_the_default(on_v5e):
+    assert chosen() == "pallas_tpu"
+
+
+def test_without_its_entry_dispatch_falls_back(on_v5e):
+    del on_v5e["v5e"]
+    assert chosen() == "xla"
+
+
+@pytest.mark.parametrize("change", [{"compiled": False}, {"seconds": 2.0}])
+def test_a_kernel_that_fails_or_is_slower_is_no_default(on_v5e, change):
+    on_v5e["v5e"].append(ROW | change)
+    assert chosen() == "xla"
+
+
+def test_evidence_for_another_generation_does_not_count(on_v5e, monkeypatch):
+    monkeypatch.setattr(dispatch, "target", lambda: "v6e")
+    assert chosen() == "xla"
+
+
+def test_a_call_that_the_kernel_does_not_cover_runs_as_xla(on_v5e):
+    assert chosen("width 12") == "xla"
+
+
+def test_by_name_off_a_tpu_it_raises():
+    with pytest.raises(ValueError, match="^linear_scan as pallas_tpu needs a TPU .* for cpu"):
+        dispatch.choose("linear_scan", "linear_scan", "pallas_tpu")
