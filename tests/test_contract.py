@@ -6,7 +6,14 @@ from models import catalogue
 from tests import contract
 
 
+# The checks of a configuration stay in one worker process: they share compiled programs.
+CONFIGS = [
+    pytest.param(config, id=name, marks=pytest.mark.xdist_group(name))
+    for name, config in catalogue.cases()
+]
+
+
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in catalogue.cases()])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_contract(config, check):
     check(config)

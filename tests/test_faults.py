@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.xdist_group("faults")  # one worker: its fixtures are runs
 ROOT = Path(__file__).parents[1]
 STEPS = 60
 

@@ -81,9 +81,14 @@ def interpreter():
         yield
 
 
-each_case = pytest.mark.parametrize(("operation", "impl"), CASES)
+def together(cases: list[tuple[str, str]]) -> list:
+    """The cases of an operation stay in one worker process: they share compiled programs."""
+    return [pytest.param(*case, marks=pytest.mark.xdist_group(case[0])) for case in cases]
+
+
+each_case = pytest.mark.parametrize(("operation", "impl"), together(CASES))
 each_packed_case = pytest.mark.parametrize(
-    ("operation", "impl"), [case for case in CASES if takes_segments(case[0])]
+    ("operation", "impl"), together([case for case in CASES if takes_segments(case[0])])
 )
 
 
@@ -277,13 +282,14 @@ def test_matches_reference(operation, impl, length, dtype):
 
 
 @each_case
-def test_matches_reference_on_long_rows(operation, impl):
-    arguments = draw(operation, 1000, "float32", seed=9)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_reference_on_long_rows(operation, impl, dtype):
+    arguments = draw(operation, 1000, dtype, seed=9)
     if takes_segments(operation):
         arguments["segments"] = np.asarray(
             [pack([-3, 300, 1, -7, 500, 189], 1000, 9), pack([900, -100], 1000, 9)], np.int32
         )
-    assert_matches_reference(operation, impl, arguments, "float32")
+    assert_matches_reference(operation, impl, arguments, dtype)
 
 
 @each_case

@@ -15,6 +15,7 @@ from parallel import sharding
 from tests.resources.test_report import check_layout
 from training import checkpoint, loop
 
+pytestmark = pytest.mark.xdist_group("eval")  # one worker: its fixtures are runs
 ROOT = Path(__file__).parents[2]
 ruler = importlib.import_module("eval")
 
