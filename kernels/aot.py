@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,14 +42,21 @@ def mesh(generation: str, *, whole: bool = False) -> Mesh:
 
 
 def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> Any:
-    """`function(**arguments)` of `jax.ShapeDtypeStruct`s, compiled; rows are split over `data`."""
+    """`function(**arguments)` of `jax.ShapeDtypeStruct`s, compiled; rows are split over `data`.
+
+    The compiler chooses the layouts of arguments and results, as it does within a model.
+    """
     ways = mesh.shape["data"]
 
     def place(x):
         first = "data" if x.ndim and x.shape[0] % ways == 0 and x.ndim > 1 else None
-        sharding = NamedSharding(mesh, P(first))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return Format(Layout.AUTO, NamedSharding(mesh, P(first)))
 
-    given = jax.tree.map(place, arguments)
+    placed = jax.tree.map(place, arguments)
     with jax.set_mesh(mesh), dispatch.layout(batch=("data",), heads=("tensor",)):
-        return jax.jit(lambda given: function(**given)).lower(given).compile()
+        run = jax.jit(
+            lambda given: function(**given),
+            in_shardings=(placed,),
+            out_shardings=Format(Layout.AUTO),
+        )
+        return run.lower(arguments).compile()
