@@ -1,5 +1,5 @@
-"""A diagonal linear recurrence: every channel decays and adds by itself."""
+"""Diagonal linear recurrences: every channel decays, turns and adds by itself."""
 
-from kernels.linear_scan.api import linear_scan
+from kernels.linear_scan.api import complex_linear_scan, linear_scan
 
-__all__ = ["linear_scan"]
+__all__ = ["complex_linear_scan", "linear_scan"]

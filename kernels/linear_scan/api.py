@@ -1,4 +1,4 @@
-"""The diagonal linear recurrence: the public operation, its rules and its checks."""
+"""The diagonal linear recurrences: the public operations, their rules and their checks."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,38 +26,89 @@ def linear_scan(
     h_T. A row of padding alone returns its initial state. Raises ValueError on shapes that do not
     fit.
     """
-    check_inputs(x, log_decay)
-    check_state(initial_state, x)
+    check_input("x", x)
+    check_like("log_decay", log_decay, "x", x)
+    check_state(initial_state, "(B, D)", (x.shape[0], x.shape[2]))
     packed.check(segments, x.shape[0], x.shape[1])
     run = dispatch.choose("linear_scan", "linear_scan", impl)
     return run(x, log_decay, segments=segments, initial_state=initial_state)
 
 
-def check_inputs(x: Array, log_decay: Array) -> None:
-    """Raise unless x and log_decay are floating arrays of one shape (B, T, D) without a zero."""
+def complex_linear_scan(
+    x_real: Float[Array, "B T D"],
+    x_imag: Float[Array, "B T D"],
+    log_decay: Float[Array, "B T D"] | Float[Array, " D"],
+    phase: Float[Array, "B T D"] | Float[Array, " D"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B 2 D"] | None = None,
+    impl: str | None = None,
+) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Float[Array, "B 2 D"]]:
+    """h_t = exp(log_decay_t + i phase_t) h_{t-1} + x_t, channel by channel, h and x complex.
+
+    Returns ((real h, imaginary h), h_T): real arrays throughout, as TPU kernels know no complex
+    numbers; a state holds its real part at [:, 0] and its imaginary part at [:, 1].
+
+    The recurrence of LRU (arXiv:2303.06349, eq. 6), S5 (arXiv:2208.04933, eq. 6) and S4D
+    (arXiv:2206.11893, eq. 3), whose factors are constant: log_decay and phase (D,), with
+    exp(step * A) = exp(step * Re A + i step * Im A). They are held to more than float32's digits,
+    so that thousands of steps do not drift. Factors (B, T, D) are for steps that depend on the
+    data. Input matrices, input scaling and the projection of h to real numbers are the caller's.
+
+    log_decay must be <= 0, which cannot be checked under jit; -inf forgets and has gradient zero.
+    Phases are radians a step; from a thousand on they lose digits. The state is float32 (float64
+    for float64 inputs), h has x_real's dtype. Differentiable (reverse mode) in every array, through
+    h and h_T. A row of padding alone returns its initial state. Raises ValueError on shapes that do
+    not fit.
+    """
+    check_input("x_real", x_real)
+    check_like("x_imag", x_imag, "x_real", x_real)
+    legal = (x_real.shape, x_real.shape[2:])
+    if log_decay.shape not in legal:
+        raise ValueError(
+            f"log_decay has shape {log_decay.shape}; it must be x_real's shape, {legal[0]}, or, "
+            f"constant over time, {legal[1]}."
+        )
+    check_floating("log_decay", log_decay)
+    check_like("phase", phase, "log_decay", log_decay)
+    check_state(initial_state, "(B, 2, D)", (x_real.shape[0], 2, x_real.shape[2]))
+    packed.check(segments, x_real.shape[0], x_real.shape[1])
+    run = dispatch.choose("linear_scan", "complex_linear_scan", impl)
+    return run(x_real, x_imag, log_decay, phase, segments=segments, initial_state=initial_state)
+
+
+def check_input(name: str, x: Array) -> None:
+    """Raise unless x is a floating array (B, T, D) without a zero."""
     if x.ndim != 3:
         raise ValueError(
-            f"x has shape {x.shape}, rank {x.ndim}; it must have rank 3: (batch, time, width)."
+            f"{name} has shape {x.shape}, rank {x.ndim}; it must have rank 3: (batch, time, width)."
         )
     if 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}; every size, time included, must be at least 1.")
-    if log_decay.shape != x.shape:
-        raise ValueError(f"log_decay has shape {log_decay.shape}; it must be x's shape, {x.shape}.")
-    for name, array in (("x", x), ("log_decay", log_decay)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+        raise ValueError(
+            f"{name} has shape {x.shape}; every size, time included, must be at least 1."
+        )
+    check_floating(name, x)
 
 
-def check_state(initial_state: Array | None, x: Array) -> None:
-    """Raise unless the state is None or a floating array (B, D)."""
+def check_like(name: str, array: Array, of: str, other: Array) -> None:
+    """Raise unless `array` is a floating array of `other`'s shape."""
+    if array.shape != other.shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must be {of}'s shape, {other.shape}.")
+    check_floating(name, array)
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Raise unless `array` holds floating numbers, which complex ones are not."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+
+
+def check_state(initial_state: Array | None, letters: str, legal: tuple[int, ...]) -> None:
+    """Raise unless the state is None or a floating array of the shape `legal`."""
     if initial_state is None:
         return
-    legal = (x.shape[0], x.shape[2])
     if initial_state.shape != legal:
         raise ValueError(
-            f"initial_state has shape {initial_state.shape}; it must be (B, D) = {legal}."
+            f"initial_state has shape {initial_state.shape}; it must be {letters} = {legal}."
         )
-    if not jnp.issubdtype(initial_state.dtype, jnp.floating):
-        raise ValueError(
-            f"initial_state has dtype {initial_state.dtype}; it must be floating, as float32."
-        )
+    check_floating("initial_state", initial_state)

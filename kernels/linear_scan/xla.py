@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import chunks
 from kernels import segments as packed
+from kernels.linear_scan.complex_xla import complex_linear_scan
+
+__all__ = ["complex_linear_scan", "linear_scan"]
 
 
 def linear_scan(
@@ -45,7 +49,8 @@ def recur(
     if x.shape[1] == 1:
         h_BD = decay[:, 0] * initial + x[:, 0]
         return h_BD[:, None], h_BD
-    return _recur(decay, x, initial)
+    everything = (decay, x, initial)
+    return _recur(*chunks._vary(everything, chunks._varying(everything)))
 
 
 @jax.custom_vjp

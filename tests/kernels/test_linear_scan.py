@@ -1,4 +1,4 @@
-"""What is particular to the diagonal recurrence; tests/test_kernels.py proves the rest."""
+"""What is particular to the real diagonal recurrence; tests/test_kernels.py proves the rest."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,292 @@
+"""What is particular to the complex diagonal recurrence; tests/test_kernels.py proves the rest."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.linear_scan import complex_linear_scan, linear_scan
+from kernels.linear_scan.rotation import cos_and_sin, one_part, two_parts
+from tests.tolerance import assert_close
+
+compiled = jax.jit(complex_linear_scan, static_argnames="impl")
+each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
+each_kind = pytest.mark.parametrize("constant", (True, False), ids=("constant", "per-step"))
+NAMES = ("dx_real", "dx_imag", "dlog_decay", "dphase", "dstate")
+SEGMENTS = np.array(
+    [
+        [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
+        [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    np.int32,
+)
+
+
+def draw(batch, length, width, constant, seed=0):
+    """(x_real, x_imag, log_decay, phase, state) in float32."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, length, width)
+    steps = (width,) if constant else shape
+    values = (
+        *rng.normal(size=(2, *shape)),
+        -rng.gamma(0.5, 0.1, steps),
+        rng.uniform(-np.pi, 2 * np.pi, steps),
+        rng.normal(size=(batch, 2, width)),
+    )
+    return tuple(jnp.asarray(value, jnp.float32) for value in values)
+
+
+def brute_force(x_real, x_imag, log_decay, phase, state, segments):
+    """The recurrence in NumPy complex128, a token of a row at a time: (h, final state)."""
+    given = (x_real, x_imag, log_decay, phase, state)
+    x_real, x_imag, log_decay, phase, state = (np.asarray(a, np.float64) for a in given)
+    x = x_real + 1j * x_imag
+    factor = np.broadcast_to(np.exp(log_decay + 1j * phase), x.shape)
+    h, final = np.zeros_like(x), state[:, 0] + 1j * state[:, 1]
+    for row in range(x.shape[0]):
+        current, document = final[row], None
+        for t, number in enumerate(segments[row]):
+            if number == 0:
+                continue
+            if document is not None and number != document:
+                current = np.zeros_like(current)
+            document = number
+            h[row, t] = current = factor[row, t] * current + x[row, t]
+        final[row] = current
+    return (h.real, h.imag), np.stack([final.real, final.imag], axis=1)
+
+
+def value_and_gradients(function, arguments, seed=5):
+    """(outputs, gradients) for random cotangents."""
+
+    @jax.jit
+    def run(*arguments):
+        outputs, pullback = jax.vjp(function, *arguments)
+        rng = np.random.default_rng(seed)
+        slopes = jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs)
+        return jax.tree.leaves(outputs), pullback(slopes)
+
+    return run(*arguments)
+
+
+def scan(x_real, x_imag, log_decay, phase, state, **options):
+    return compiled(x_real, x_imag, log_decay, phase, initial_state=state, **options)
+
+
+@each_impl
+@each_kind
+def test_equals_a_loop_over_complex_numbers(impl, constant):
+    arguments = draw(3, 14, 5, constant)
+    h, final = scan(*arguments, segments=jnp.asarray(SEGMENTS), impl=impl)
+    want, want_final = brute_force(*arguments, SEGMENTS)
+    assert_close(h[0], want[0], "float32", "real h")
+    assert_close(h[1], want[1], "float32", "imaginary h")
+    assert_close(final, want_final, "float32", "final state")
+    np.testing.assert_array_equal(final[2], arguments[-1][2])
+
+
+@each_impl
+def test_constant_factors_equal_the_same_at_every_step(impl):
+    arguments = draw(3, 14, 5, constant=True)
+    function = functools.partial(scan, segments=jnp.asarray(SEGMENTS), impl=impl)
+
+    def repeated(x_real, x_imag, log_decay, phase, state):
+        steps = (jnp.broadcast_to(a, x_real.shape) for a in (log_decay, phase))
+        return function(x_real, x_imag, *steps, state)
+
+    results = [value_and_gradients(f, arguments) for f in (function, repeated)]
+    for found, want in zip(*(outputs for outputs, _ in results), strict=True):
+        assert_close(found, want, "float32", "output")
+    for name, found, want in zip(NAMES, *(slopes for _, slopes in results), strict=True):
+        assert_close(found, want, "float32", name)
+
+
+@each_impl
+@each_kind
+def test_without_turning_it_is_two_real_recurrences(impl, constant):
+    x_real, x_imag, log_decay, _, state = draw(2, 9, 5, constant)
+    h, final = scan(x_real, x_imag, log_decay, jnp.zeros_like(log_decay), state, impl=impl)
+    for n, x in enumerate((x_real, x_imag)):
+        steps = jnp.broadcast_to(log_decay, x.shape)
+        want, want_final = linear_scan(x, steps, initial_state=state[:, n], impl="ref")
+        assert_close(h[n], want, "float32", "h")
+        assert_close(final[:, n], want_final, "float32", "final state")
+
+
+@each_kind
+@pytest.mark.parametrize("length", [1500, 6000])
+def test_thousands_of_steps_do_not_drift(length, constant):
+    """Channels that never forget, against float64: values and slopes, of the phase above all."""
+    x_real, x_imag, log_decay, phase, state = draw(1, length, 24, constant, seed=7)
+    log_decay = log_decay * jnp.tile(jnp.asarray([0.0, 1e-4, 1e-2]), 8)
+    narrow = (x_real, x_imag, log_decay, phase, state)
+    outputs, slopes = value_and_gradients(functools.partial(scan, impl="xla"), narrow)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in narrow]
+        want, want_slopes = value_and_gradients(functools.partial(scan, impl="ref"), wide)
+    for found, exact in zip(outputs, want, strict=True):
+        assert_close(found, exact, "float32", "output")
+    for name, found, exact in zip(NAMES, slopes, want_slopes, strict=True):
+        assert_close(found, exact, "float32", name)
+
+
+@each_impl
+@each_kind
+@pytest.mark.parametrize("cut", [1, 8])
+def test_two_parts_and_single_tokens_equal_the_whole(impl, constant, cut):
+    x_real, x_imag, log_decay, phase, state = draw(2, 9, 5, constant)
+    want, want_final = scan(x_real, x_imag, log_decay, phase, state, impl=impl)
+    edges = [0, *range(cut, 9, cut), 9]
+    pieces = []
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        part = (slice(None), slice(start, end))
+        steps = (a if constant else a[part] for a in (log_decay, phase))
+        h, state = scan(x_real[part], x_imag[part], *steps, state, impl=impl)
+        pieces.append(h)
+    for n in range(2):
+        joined = np.concatenate([np.asarray(piece[n]) for piece in pieces], axis=1)
+        assert_close(joined, want[n], "float32", "h")
+    assert_close(state, want_final, "float32", "final state")
+
+
+@each_impl
+@each_kind
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_decay_of_minus_infinity_forgets_and_has_slope_zero(impl, constant, length):
+    x_real, x_imag, log_decay, phase, state = draw(2, length, 5, constant)
+    never = jnp.full_like(log_decay, -jnp.inf)
+    function = functools.partial(scan, impl=impl)
+    outputs, slopes = value_and_gradients(function, (x_real, x_imag, never, phase, state))
+    np.testing.assert_array_equal(outputs[0], x_real)
+    np.testing.assert_array_equal(outputs[1], x_imag)
+    for slope in slopes[2:]:
+        np.testing.assert_array_equal(slope, 0)
+
+
+@each_impl
+def test_nan_at_padding_reaches_nothing(impl):
+    arguments = draw(3, 14, 5, constant=False)
+    padding = jnp.asarray(SEGMENTS == 0)[..., None]
+    function = functools.partial(scan, segments=jnp.asarray(SEGMENTS), impl=impl)
+    dirty = [jnp.where(padding, jnp.nan, a) for a in arguments[:4]]
+    clean = value_and_gradients(function, arguments)
+    found = value_and_gradients(function, (*dirty, arguments[4]))
+    jax.tree.map(np.testing.assert_array_equal, found, clean)
+    assert not np.any(np.asarray(found[1][2])[SEGMENTS == 0])
+
+
+@each_impl
+@each_kind
+@pytest.mark.parametrize("length", [1, 5])
+def test_dtypes(impl, constant, length):
+    x_real, x_imag, log_decay, phase, _ = draw(2, length, 5, constant)
+    half = (x_real.astype(jnp.bfloat16), x_imag.astype(jnp.bfloat16))
+    h, final = compiled(*half, log_decay, phase, impl=impl)
+    assert [part.dtype for part in h] == [jnp.bfloat16] * 2 and final.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (x_real, x_imag, log_decay, phase)]
+        h, final = compiled(*wide, impl=impl)
+        assert [part.dtype for part in h] == [jnp.float64] * 2 and final.dtype == jnp.float64
+
+
+# Without jit every operation is rounded for itself, as on devices without a fused multiply-add.
+each_rounding = pytest.mark.parametrize("wrap", (jax.jit, lambda f: f), ids=("fused", "plain"))
+
+
+@each_rounding
+@pytest.mark.parametrize("largest", [1e-3, 3.0, 10.0, 1e3])
+def test_cosines_and_sines_are_exact_to_a_unit_in_the_last_place(largest, wrap):
+    phase = np.random.default_rng(0).uniform(-largest, largest, 100_000).astype(np.float32)
+    cos, sin = wrap(cos_and_sin)(jnp.asarray(phase))
+    np.testing.assert_allclose(cos, np.cos(phase.astype(np.float64)), rtol=0, atol=1.2e-7)
+    np.testing.assert_allclose(sin, np.sin(phase.astype(np.float64)), rtol=0, atol=1.2e-7)
+
+
+@each_rounding
+@pytest.mark.parametrize("largest", [1e-3, 3.0, 10.0, 256.0])
+@pytest.mark.parametrize("decay", [0.0, 1e-4, 0.49, 0.51, 20.0])
+def test_two_parts_hold_more_than_one(largest, decay, wrap):
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(-largest, largest, 10_000).astype(np.float32)
+    log_decay = (-decay * rng.uniform(0.99, 1, 10_000)).astype(np.float32)
+    given = (jnp.asarray(log_decay), jnp.asarray(phase))
+    factor = wrap(two_parts)(*given)
+    coarse, fine = (np.float64(a) + 1j * np.float64(b) for a, b in (factor[:2], factor[2:]))
+    want = np.exp(np.float64(log_decay) + 1j * np.float64(phase))
+    # An error e in a factor of size f turns the state by e / (1 - f) while it is remembered.
+    limit = 2e-9 + 3e-7 * min(decay, 1)
+    assert np.abs(coarse + fine - want).max() < limit
+    np.testing.assert_array_equal(coarse * 1024, np.round(coarse * 1024))
+    one = wrap(one_part)(*given)
+    assert np.abs(np.float64(one.real) + 1j * np.float64(one.imag) - want).max() < 2e-7
+
+
+X, D = jnp.zeros((2, 3, 4)), jnp.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"x_real": X[0]},
+            "x_real has shape (3, 4), rank 2; it must have rank 3: (batch, time, width).",
+        ),
+        (
+            {"x_real": X[:0]},
+            "x_real has shape (0, 3, 4); every size, time included, must be at least 1.",
+        ),
+        (
+            {"x_real": X.astype(jnp.complex64)},
+            "x_real has dtype complex64; it must be floating, as float32.",
+        ),
+        (
+            {"x_imag": X[:, :2]},
+            "x_imag has shape (2, 2, 4); it must be x_real's shape, (2, 3, 4).",
+        ),
+        (
+            {"x_imag": X.astype(jnp.int32)},
+            "x_imag has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"log_decay": D[:3]},
+            "log_decay has shape (3,); it must be x_real's shape, (2, 3, 4), or, "
+            "constant over time, (4,).",
+        ),
+        (
+            {"log_decay": D.astype(jnp.int32)},
+            "log_decay has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"phase": X},
+            "phase has shape (2, 3, 4); it must be log_decay's shape, (4,).",
+        ),
+        (
+            {"phase": D.astype(jnp.int32)},
+            "phase has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"initial_state": X[:, 0]},
+            "initial_state has shape (2, 4); it must be (B, 2, D) = (2, 2, 4).",
+        ),
+        (
+            {"initial_state": X[:, :2].astype(jnp.int32)},
+            "initial_state has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"segments": jnp.ones((2, 3))},
+            "segments has shape (2, 3) and dtype float32; "
+            "it must be (2, 3) int32, like the inputs' (B, T).",
+        ),
+        (
+            {"impl": "fast"},
+            "complex_linear_scan has no implementation 'fast'; it has ref, xla (or None: chosen).",
+        ),
+    ],
+)
+def test_errors_say_what_and_what_instead(arguments, message):
+    with pytest.raises(ValueError) as error:
+        complex_linear_scan(**{"x_real": X, "x_imag": X, "log_decay": D, "phase": D} | arguments)
+    assert str(error.value) == message

@@ -1,0 +1,275 @@
+"""What is particular to the selective scan; tests/test_kernels.py proves the rest."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from kernels.linear_scan import linear_scan
+from kernels.selective_scan import selective_scan
+from tests.tolerance import assert_close
+
+compiled = jax.jit(selective_scan, static_argnames="impl")
+each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
+NAMES = ("x", "dt", "A", "Bm", "Cm", "D", "initial_state")
+SEGMENTS = np.array(
+    [
+        [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
+        [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    np.int32,
+)
+
+
+def draw(batch, length, width=5, state=3, seed=0):
+    """Arguments by name, in float32."""
+    rng = np.random.default_rng(seed)
+    values = (
+        rng.normal(size=(batch, length, width)),
+        rng.gamma(1.0, 0.2, (batch, length, width)),
+        -rng.uniform(0.1, 4, (width, state)),
+        rng.normal(size=(batch, length, state)),
+        rng.normal(size=(batch, length, state)),
+        rng.normal(size=width),
+        rng.normal(size=(batch, width, state)),
+    )
+    return {n: jnp.asarray(v, jnp.float32) for n, v in zip(NAMES, values, strict=True)}
+
+
+def brute_force(arguments, segments):
+    """The recurrence in NumPy float64, a token of a row at a time."""
+    given = (np.asarray(arguments[name], np.float64) for name in NAMES)
+    x, dt, A, Bm, Cm, D, state = given
+    y, final = np.zeros_like(x), state.copy()
+    for row in range(x.shape[0]):
+        current, document = state[row], None
+        for t, number in enumerate(segments[row]):
+            if number == 0:
+                continue
+            if document is not None and number != document:
+                current = np.zeros_like(current)
+            document = number
+            current = np.exp(dt[row, t][:, None] * A) * current
+            current += np.outer(dt[row, t] * x[row, t], Bm[row, t])
+            y[row, t] = current @ Cm[row, t] + D * x[row, t]
+        final[row] = current
+    return y, final
+
+
+def value_and_gradients(function, arguments, seed=5):
+    """(outputs, gradients by name) for random cotangents."""
+
+    @jax.jit
+    def run(arguments):
+        outputs, pullback = jax.vjp(lambda given: function(**given), arguments)
+        rng = np.random.default_rng(seed)
+        slopes = jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs)
+        return outputs, pullback(slopes)[0]
+
+    return run(arguments)
+
+
+@each_impl
+def test_equals_a_loop_over_tokens(impl):
+    arguments = draw(3, 14)
+    y, final = compiled(**arguments, segments=jnp.asarray(SEGMENTS), impl=impl)
+    want, want_final = brute_force(arguments, SEGMENTS)
+    assert_close(y, want, "float32", "y")
+    assert_close(final, want_final, "float32", "final state")
+    np.testing.assert_array_equal(final[2], arguments["initial_state"][2])
+
+
+@each_impl
+def test_is_a_diagonal_recurrence_of_every_number_of_the_state(impl):
+    """Against `linear_scan` over (D, N) flattened, which keeps the states of all tokens."""
+    arguments = draw(3, 14)
+    segments = jnp.asarray(SEGMENTS)
+
+    def flat(x, dt, A, Bm, Cm, D, initial_state):
+        batch, length, width = x.shape
+        log_decay = dt[..., None] * A
+        written = (dt * x)[..., None] * Bm[:, :, None]
+        h, final = linear_scan(
+            written.reshape(batch, length, -1),
+            log_decay.reshape(batch, length, -1),
+            initial_state=initial_state.reshape(batch, -1),
+            segments=segments,
+            impl="ref",
+        )
+        y = jnp.einsum("btdn,btn->btd", h.reshape(written.shape), Cm) + D * x
+        y = jnp.where((segments != 0)[..., None], y, 0)
+        return y, final.reshape(batch, width, -1)
+
+    function = functools.partial(selective_scan, segments=segments, impl=impl)
+    outputs, slopes = value_and_gradients(function, arguments)
+    want, want_slopes = value_and_gradients(flat, arguments)
+    for found, expected, what in zip(outputs, want, ("y", "final state"), strict=True):
+        assert_close(found, expected, "float32", what)
+    for name in NAMES:
+        assert_close(slopes[name], want_slopes[name], "float32", f"gradient of {name}")
+
+
+@each_impl
+@pytest.mark.parametrize("cut", [1, 8])
+def test_parts_and_single_tokens_equal_the_whole(impl, cut):
+    arguments = draw(2, 17)
+    want, want_final = compiled(**arguments, impl=impl)
+    state, pieces = arguments["initial_state"], []
+    edges = [0, *range(cut, 17, cut), 17]
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        part = {n: arguments[n][:, start:end] for n in ("x", "dt", "Bm", "Cm")}
+        y, state = compiled(**arguments | part | {"initial_state": state}, impl=impl)
+        pieces.append(np.asarray(y))
+    assert_close(np.concatenate(pieces, axis=1), want, "float32", "y")
+    assert_close(state, want_final, "float32", "final state")
+
+
+@each_impl
+def test_without_a_state_and_without_a_skip_both_are_zero(impl):
+    arguments = draw(2, 6)
+    zeros = {n: jnp.zeros_like(arguments[n]) for n in ("D", "initial_state")}
+    want = compiled(**arguments | zeros, impl=impl)
+    found = compiled(**{n: arguments[n] for n in ("x", "dt", "A", "Bm", "Cm")}, impl=impl)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+@each_impl
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_step_of_zero_leaves_the_state_and_a_huge_one_forgets_it(impl, length):
+    arguments = draw(2, length)
+    still = arguments | {"dt": jnp.zeros_like(arguments["dt"])}
+    _, final = compiled(**still, impl=impl)
+    np.testing.assert_array_equal(final, still["initial_state"])
+    function = functools.partial(selective_scan, impl=impl)
+    huge = arguments | {"dt": jnp.full_like(arguments["dt"], 1e4)}
+    (_, final), slopes = value_and_gradients(function, huge)
+    last = huge["dt"][:, -1] * huge["x"][:, -1]
+    assert_close(final, last[..., None] * huge["Bm"][:, -1, None], "float32", "final state")
+    np.testing.assert_array_equal(slopes["A"], 0)
+    np.testing.assert_array_equal(slopes["initial_state"], 0)
+
+
+@each_impl
+def test_nan_at_padding_reaches_nothing(impl):
+    arguments = draw(3, 14)
+    padding = jnp.asarray(SEGMENTS == 0)[..., None]
+    function = functools.partial(selective_scan, segments=jnp.asarray(SEGMENTS), impl=impl)
+    tokens = {n: jnp.where(padding, jnp.nan, arguments[n]) for n in ("x", "dt", "Bm", "Cm")}
+    clean = value_and_gradients(function, arguments)
+    dirty = value_and_gradients(function, arguments | tokens)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+
+
+@each_impl
+@pytest.mark.parametrize("length", [1, 5])
+def test_dtypes(impl, length):
+    arguments = draw(2, length)
+    half = {n: arguments[n].astype(jnp.bfloat16) for n in ("x", "dt", "Bm", "Cm")}
+    y, final = compiled(**arguments | half, impl=impl)
+    assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = {n: jnp.asarray(np.asarray(a, np.float64)) for n, a in arguments.items()}
+        y, final = compiled(**wide, impl=impl)
+        assert y.dtype == jnp.float64 and final.dtype == jnp.float64
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that any equation, however deep, gives back."""
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        sizes += [math.prod(v.aval.shape) for v in eqn.outvars]
+        sizes += [largest_array(inner) for inner in core.jaxprs_in_params(eqn.params)]
+    return max(sizes)
+
+
+def test_no_array_holds_the_states_of_all_tokens():
+    """Neither pass keeps (B, T, D, N), nor more than a fraction of it."""
+    batch, length, width, state = 1, 1024, 32, 16
+    arguments = draw(batch, length, width, state)
+
+    def total(arguments):
+        return sum(jnp.sum(out) for out in selective_scan(**arguments, impl="xla"))
+
+    largest = largest_array(jax.make_jaxpr(jax.grad(total))(arguments).jaxpr)
+    assert batch * length * width <= largest <= batch * length * width * state / 8
+
+
+X, A, P = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5)), jnp.zeros((2, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"x": X[0]},
+            "x has shape (3, 4), rank 2; it must have rank 3: (batch, time, width).",
+        ),
+        (
+            {"x": X[:, :0]},
+            "x has shape (2, 0, 4); every size, time included, must be at least 1.",
+        ),
+        (
+            {"x": X.astype(jnp.int32)},
+            "x has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"A": A[0]},
+            "A has shape (5,), rank 1; it must have rank 2: (width, state).",
+        ),
+        (
+            {"A": A[:, :0]},
+            "A has shape (4, 0); every size, time included, must be at least 1.",
+        ),
+        (
+            {"A": A.T},
+            "A has shape (5, 4); it must be (D, N) = (4, 4).",
+        ),
+        (
+            {"A": A.astype(jnp.complex64)},
+            "A has dtype complex64; it must be floating, as float32.",
+        ),
+        (
+            {"dt": X[..., :1]},
+            "dt has shape (2, 3, 1); it must be x's shape (B, T, D) = (2, 3, 4).",
+        ),
+        (
+            {"Bm": P[:, :2]},
+            "Bm has shape (2, 2, 5); it must be (B, T, N) = (2, 3, 5).",
+        ),
+        (
+            {"Cm": P[..., :4]},
+            "Cm has shape (2, 3, 4); it must be (B, T, N) = (2, 3, 5).",
+        ),
+        (
+            {"Cm": P.astype(jnp.int32)},
+            "Cm has dtype int32; it must be floating, as float32.",
+        ),
+        (
+            {"D": A[:, 0][:3]},
+            "D has shape (3,); it must be (D,) = (4,).",
+        ),
+        (
+            {"initial_state": jnp.zeros((2, 5, 4))},
+            "initial_state has shape (2, 5, 4); it must be (B, D, N) = (2, 4, 5).",
+        ),
+        (
+            {"segments": jnp.ones((3, 2), jnp.int32)},
+            "segments has shape (3, 2) and dtype int32; "
+            "it must be (2, 3) int32, like the inputs' (B, T).",
+        ),
+        (
+            {"impl": "fast"},
+            "selective_scan has no implementation 'fast'; it has ref, xla (or None: chosen).",
+        ),
+    ],
+)
+def test_errors_say_what_and_what_instead(arguments, message):
+    given = {"x": X, "dt": X, "A": A, "Bm": P, "Cm": P} | arguments
+    with pytest.raises(ValueError) as error:
+        selective_scan(**given)
+    assert str(error.value) == message
