@@ -15,10 +15,13 @@ def attention(
     segments: Int[Array, "B T"] | None = None,
     causal: bool = True,
     window: int = 0,
+    sinks: Float[Array, " H"] | None = None,
+    softcap: float = 0.0,
+    log_forget: Float[Array, "B T H"] | None = None,
     scale: float | None = None,
     impl: str | None = None,
 ) -> Float[Array, "B T H V"]:
-    """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys s that t sees.
+    """o_t = sum_s softmax_s(score_ts) v_s over the keys s that t sees; score_ts = scale q_t . k_s.
 
     Attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245): H is a multiple of
     G, and query head h reads key head h // (H / G). A query sees the keys of its own document; if
@@ -26,10 +29,17 @@ def attention(
     included. Padding sees nothing and is seen by nothing: its output and gradients are exactly
     zero.
 
+    softcap > 0 makes of a score softcap tanh(score / softcap) (Gemma 2, arXiv:2408.00118, section
+    2). `log_forget` <= 0, finite, then adds to score_ts the sum of log_forget_i over s < i <= t
+    (forgetting attention, arXiv:2503.02130, eq. 10), accurate however long and strong the gates
+    are; it needs causal. `sinks`, one logit a head, joins the softmax as a key that every query
+    sees and whose value is zero (gpt-oss, arXiv:2508.10925; the effect: arXiv:2309.17453).
+
     scale=None is K**-0.5. Scores and softmax are float32 (float64 for float64 inputs), the output
-    has v's dtype. Differentiable (reverse mode) in q, k and v; between the passes only the inputs,
-    the output in float32 and one number a query are kept. Raises ValueError on shapes that do not
-    fit, a negative window, a window without causal and a scale that is not positive.
+    has v's dtype. Differentiable (reverse mode) in q, k, v, sinks and log_forget; between the
+    passes only the inputs, the output in float32 and a few numbers a query are kept. Raises
+    ValueError on shapes that do not fit, a negative window or softcap, a window or log_forget
+    without causal and a scale that is not positive.
     """
     check_heads(q, k, v)
     if k.shape[:2] != q.shape[:2]:
@@ -43,9 +53,28 @@ def attention(
         raise ValueError(
             f"window is {window} with causal=False; a window needs causal=True (or use window=0)."
         )
+    if log_forget is not None and not causal:
+        raise ValueError(
+            "log_forget is given with causal=False; forgetting needs causal=True "
+            "(or use log_forget=None)."
+        )
+    check_head_numbers("log_forget", log_forget, q.shape[:3])
+    check_head_numbers("sinks", sinks, q.shape[2:3])
+    softcap = check_softcap(softcap)
     scale = check_scale(scale, q)
     run = dispatch.choose("attention", "attention", impl)
-    return run(q, k, v, segments=segments, causal=causal, window=window, scale=scale)
+    return run(
+        q,
+        k,
+        v,
+        segments=segments,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        log_forget=log_forget,
+        scale=scale,
+    )
 
 
 def cached_attention(
@@ -58,6 +87,10 @@ def cached_attention(
     segments: Int[Array, "B T"] | None = None,
     kv_segments: Int[Array, "B S"] | None = None,
     window: int = 0,
+    sinks: Float[Array, " H"] | None = None,
+    softcap: float = 0.0,
+    bias_q: Float[Array, "B T H"] | None = None,
+    bias_k: Float[Array, "B S H"] | None = None,
     scale: float | None = None,
     impl: str | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -69,10 +102,15 @@ def cached_attention(
     another document of the same row. A query that sees nothing gets exactly zero, with zero
     gradients.
 
+    sinks and softcap are those of `attention`; after the cap, score_ts += bias_q_t + bias_k_s. With
+    c the running sum of log_forget from any one token of the row, bias_q = c and bias_k = -c are
+    its forgetting; a token nearby keeps their digits: counted from the newest token, the bias of a
+    slot is the sum of all gates after it, to which every new token adds its own, and bias_q is 0.
+
     scale=None is K**-0.5. Scores and softmax are float32 (float64 for float64 inputs), the output
-    has v's dtype. Differentiable in q, k and v. Raises ValueError on shapes that do not fit, on
-    one of segments and kv_segments without the other, on a negative window and on a scale that is
-    not positive.
+    has v's dtype. Differentiable in q, k, v, sinks and the biases. Raises ValueError on shapes that
+    do not fit, on one of segments and kv_segments without the other, on a negative window or
+    softcap and on a scale that is not positive.
     """
     check_heads(q, k, v)
     if k.shape[0] != q.shape[0]:
@@ -91,6 +129,10 @@ def cached_attention(
     packed.check(segments, q.shape[0], q.shape[1])
     check_kv_segments(kv_segments, k)
     check_window(window)
+    check_head_numbers("bias_q", bias_q, q.shape[:3])
+    check_head_numbers("bias_k", bias_k, (*k.shape[:2], q.shape[2]))
+    check_head_numbers("sinks", sinks, q.shape[2:3])
+    softcap = check_softcap(softcap)
     scale = check_scale(scale, q)
     run = dispatch.choose("attention", "cached_attention", impl)
     return run(
@@ -102,6 +144,10 @@ def cached_attention(
         segments=segments,
         kv_segments=kv_segments,
         window=window,
+        sinks=sinks,
+        softcap=softcap,
+        bias_q=bias_q,
+        bias_k=bias_k,
         scale=scale,
     )
 
@@ -150,6 +196,24 @@ def check_window(window: int) -> None:
     """Raise unless window is 0 (off) or positive."""
     if window < 0:
         raise ValueError(f"window is {window}; it must be 0 (off) or a positive number of tokens.")
+
+
+def check_head_numbers(name: str, array: Array | None, legal: tuple[int, ...]) -> None:
+    """Raise unless `array` is None or floating and of the shape `legal`, heads last."""
+    if array is None:
+        return
+    if array.shape != legal or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}; it must be {legal} floating, "
+            f"one number a head of q."
+        )
+
+
+def check_softcap(softcap: float) -> float:
+    """The cap as a number; raise unless it is 0 (off) or positive."""
+    if not softcap >= 0:
+        raise ValueError(f"softcap is {softcap}; it must be 0 (off) or positive, as 50.0.")
+    return float(softcap)
 
 
 def check_scale(scale: float | None, q: Array) -> float:

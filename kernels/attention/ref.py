@@ -14,6 +14,9 @@ def attention(
     segments: Int[Array, "B T"] | None = None,
     causal: bool = True,
     window: int = 0,
+    sinks: Float[Array, " H"] | None = None,
+    softcap: float = 0.0,
+    log_forget: Float[Array, "B T H"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """softmax(scale q k^T) v over the keys of the query's document."""
@@ -29,7 +32,14 @@ def attention(
         document, real = packed.ordinals(segments), packed.is_real(segments)
         visible_BTS &= document[:, :, None] == document[:, None, :]
         visible_BTS &= real[:, :, None] & real[:, None, :]
-    return _softmax_attention(q, k, v, visible_BTS, scale)
+    bias_BHTS = None
+    if log_forget is not None:
+        gate_BTH = log_forget.astype(_wide(q, k, v))
+        if segments is not None:
+            gate_BTH = jnp.where(packed.is_real(segments)[..., None], gate_BTH, 0)
+        gate_BHT1 = gate_BTH.swapaxes(1, 2)[..., None]
+        bias_BHTS = jnp.cumsum(jnp.where(time[:, None] > time, gate_BHT1, 0), axis=2)
+    return _softmax_attention(q, k, v, visible_BTS, scale, softcap, sinks, bias_BHTS)
 
 
 def cached_attention(
@@ -42,6 +52,10 @@ def cached_attention(
     segments: Int[Array, "B T"] | None = None,
     kv_segments: Int[Array, "B S"] | None = None,
     window: int = 0,
+    sinks: Float[Array, " H"] | None = None,
+    softcap: float = 0.0,
+    bias_q: Float[Array, "B T H"] | None = None,
+    bias_k: Float[Array, "B S H"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """softmax(scale q k^T) v over the filled slots up to the query's position."""
@@ -52,7 +66,16 @@ def cached_attention(
     if segments is not None and kv_segments is not None:
         visible_BTS &= segments[:, :, None] == kv_segments[:, None, :]
         visible_BTS &= segments[:, :, None] != 0
-    return _softmax_attention(q, k, v, visible_BTS, scale)
+    bias_BHTS = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), _wide(q, k, v))
+    if bias_q is not None:
+        bias_BHTS += bias_q.swapaxes(1, 2)[..., None]
+    if bias_k is not None:
+        bias_BHTS += bias_k.swapaxes(1, 2)[:, :, None]
+    return _softmax_attention(q, k, v, visible_BTS, scale, softcap, sinks, bias_BHTS)
+
+
+def _wide(*arrays: Array) -> jnp.dtype:
+    return jnp.result_type(*arrays, jnp.float32)
 
 
 def _softmax_attention(
@@ -61,18 +84,30 @@ def _softmax_attention(
     v: Float[Array, "B S G V"],
     visible_BTS: Bool[Array, "B T S"],
     scale: float | None,
+    softcap: float,
+    sinks: Float[Array, " H"] | None,
+    bias_BHTS: Float[Array, "B H T S"] | None,
 ) -> Float[Array, "B T H V"]:
     """The formula with the key heads repeated; a row that sees nothing is zero."""
-    wide = jnp.result_type(q, k, v, jnp.float32)
+    wide = _wide(q, k, v)
     repeats = q.shape[2] // k.shape[2]
     k_BSHK = jnp.repeat(k.astype(wide), repeats, axis=2)
     v_BSHV = jnp.repeat(v.astype(wide), repeats, axis=2)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     s_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q.astype(wide), k_BSHK)
-    visible_B1TS = visible_BTS[:, None]
+    if softcap:
+        s_BHTS = softcap * jnp.tanh(s_BHTS / softcap)
+    if bias_BHTS is not None:
+        s_BHTS += bias_BHTS
+    visible_BHTS = jnp.broadcast_to(visible_BTS[:, None], s_BHTS.shape)
+    if sinks is not None:  # one more key, seen by every query, whose value is zero
+        sink_BHT1 = jnp.broadcast_to(sinks[:, None, None], (*s_BHTS.shape[:3], 1))
+        s_BHTS = jnp.concatenate([s_BHTS, sink_BHT1], axis=-1)
+        visible_BHTS = jnp.pad(visible_BHTS, ((0, 0),) * 3 + ((0, 1),), constant_values=True)
+        v_BSHV = jnp.pad(v_BSHV, ((0, 0), (0, 1), (0, 0), (0, 0)))
     # A finite stand-in for -inf: rows without a visible key must not make NaN gradients.
-    s_BHTS = jnp.where(visible_B1TS, s_BHTS, jnp.finfo(wide).min)
-    p_BHTS = jnp.where(visible_B1TS, jnp.exp(s_BHTS - s_BHTS.max(-1, keepdims=True)), 0)
+    s_BHTS = jnp.where(visible_BHTS, s_BHTS, jnp.finfo(wide).min)
+    p_BHTS = jnp.where(visible_BHTS, jnp.exp(s_BHTS - s_BHTS.max(-1, keepdims=True)), 0)
     sum_BHT1 = p_BHTS.sum(-1, keepdims=True)
     p_BHTS /= jnp.where(sum_BHT1 > 0, sum_BHT1, 1)
     return jnp.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV).astype(v.dtype)

@@ -185,7 +185,7 @@ def test_block_pairs_cover_what_is_visible_once(causal_window, length, batch_hea
     causal, window = causal_window
     rows, cols = xla.block_sizes(batch_heads, length, window)
     assert rows % cols == 0
-    plan = xla.Plan(length, rows, cols, causal, window, 1.0)
+    plan = xla.Plan(length, rows, cols, causal, window, 1.0, 0.0)
     covered = np.zeros([-(-length // rows) * rows] * 2, int)
     visible = np.zeros(covered.shape, bool)
     visible[:length, :length] = causal_mask(length, window) if causal else True
@@ -275,9 +275,12 @@ def test_both_forms_of_one_token_agree(groups):
     """The one that a CPU runs and the one that other platforms run."""
     q, k, v = draw(2, 1, 4, groups, 8, 6, slots=20)
     visible = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 1, 20)) > 0.5)
+    nothing = xla.Joined(None, None, None)
     forms = (xla._attend_by_group, xla._attend_across_groups)
     found, expected = (
-        value_and_slopes(lambda *a, form=form: form(*a, visible, scale=0.3), q, k, v)
+        value_and_slopes(
+            lambda *a, form=form: form(*a, visible, nothing, scale=0.3, softcap=0.0), q, k, v
+        )
         for form in forms
     )
     assert_same(found, expected)
