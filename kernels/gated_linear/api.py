@@ -13,6 +13,7 @@ def gated_linear(
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H K"] | Float[Array, "B T H"] | Float[Array, " H"],
     *,
+    bonus: Float[Array, "H K"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     scale: float | None = None,
@@ -24,6 +25,9 @@ def gated_linear(
     (GLA, arXiv:2312.06635, eq. 3), a scalar a head (Mamba-2, arXiv:2405.21060, eq. 16, where
     q, k, v are C, B and dt x) or a constant a head (RetNet, arXiv:2307.08621, eq. 5).
 
+    With a bonus u a token reads before its gate and its write act, and weighs its own write by u:
+    o_t = scale q_t^T (S_{t-1} + diag(u) k_t v_t^T) (RWKV-5 and 6, arXiv:2404.05892, section 4).
+
     log_decay must be <= 0, which cannot be checked under jit; a positive gate gives wrong or
     infinite numbers. Any finite gate is safe, forward and backward: nothing divides by a decay.
     scale=None is K**-0.5. The state is float32 (float64 for float64 inputs), the output has v's
@@ -33,9 +37,16 @@ def gated_linear(
     check_heads(q, k, v)
     check_gate(log_decay, q, v, constant=True)
     check_state(initial_state, q, v)
+    check_bonus(bonus, q, v)
     packed.check(segments, q.shape[0], q.shape[1])
     run = dispatch.choose("gated_linear", "gated_linear", impl)
-    return run(q, k, v, log_decay, segments=segments, initial_state=initial_state, scale=scale)
+    return run(
+        *(q, k, v, log_decay),
+        bonus=bonus,
+        segments=segments,
+        initial_state=initial_state,
+        scale=scale,
+    )
 
 
 def check_heads(q: Array, k: Array, v: Array) -> None:
@@ -87,3 +98,14 @@ def check_state(initial_state: Array | None, q: Array, v: Array) -> None:
         raise ValueError(
             f"initial_state has shape {initial_state.shape}; it must be (B, H, K, V) = {legal}."
         )
+
+
+def check_bonus(bonus: Array | None, q: Array, v: Array) -> None:
+    """Raise unless the bonus is None or a floating (H, K)."""
+    if bonus is None:
+        return
+    legal = (v.shape[2], q.shape[3])
+    if bonus.shape != legal:
+        raise ValueError(f"bonus has shape {bonus.shape}; it must be (H, K) = {legal}.")
+    if not jnp.issubdtype(bonus.dtype, jnp.floating):
+        raise ValueError(f"bonus has dtype {bonus.dtype}; it must be floating, as float32.")

@@ -13,6 +13,7 @@ def gated_linear(
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "..."],
     *,
+    bonus: Float[Array, "H K"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     scale: float | None = None,
@@ -30,13 +31,17 @@ def gated_linear(
         log_decay = jnp.broadcast_to(log_decay.astype(accumulator), (batch, length, heads))
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
+    bonus = None if bonus is None else bonus.astype(accumulator)
 
     def step(s_BHKV, inputs):
         q_BHK, k_BHK, v_BHV, g_BHK, real, start = inputs
         before_BHKV = jnp.where(start[:, None, None, None], 0, s_BHKV)
         written_BHKV = jnp.einsum("bhk,bhv->bhkv", k_BHK, v_BHV)
         after_BHKV = jnp.exp(g_BHK)[..., None] * before_BHKV + written_BHKV
-        o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
+        read_BHKV = after_BHKV
+        if bonus is not None:
+            read_BHKV = before_BHKV + bonus[:, :, None] * written_BHKV
+        o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, read_BHKV)
         real = real[:, None, None]
         return jnp.where(real[..., None], after_BHKV, s_BHKV), jnp.where(real, o_BHV, 0)
 

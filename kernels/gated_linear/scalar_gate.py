@@ -18,12 +18,15 @@ HIGHEST = jax.lax.Precision.HIGHEST
 GRAIN, FLOOR = 64.0, -1000.0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scalar_chunk(scale, s_BGKRV, inputs, within):
-    """One chunk; the state's heads lie beside its values, so that a group is one matmul."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scalar_chunk(scale, lag, s_BGKRV, inputs, within):
+    """One chunk; the state's heads lie beside its values, so that a group is one matmul.
+
+    Token t reads S_{t - lag}: with lag 1 neither its own gate nor its own write.
+    """
     q_BGCK, k_BGCK, v_BGCRV, g_BGRC = _group(scale, s_BGKRV.dtype, *inputs)
     heads = v_BGCRV.shape[3]
-    decay_BGRCS, read_BGCR1, write_BGCR1, keep_BG1R1, _ = decays(g_BGRC, within)
+    decay_BGRCS, read_BGCR1, write_BGCR1, keep_BG1R1, _ = decays(g_BGRC, within, lag)
     a_BGCS = jnp.einsum("bgck,bgsk->bgcs", q_BGCK, k_BGCK)
     inner_BGRCV = jnp.einsum(
         "bgrcs,bgrsv->bgrcv", a_BGCS[:, :, None] * decay_BGRCS, jnp.swapaxes(v_BGCRV, 2, 3)
@@ -35,11 +38,11 @@ def scalar_chunk(scale, s_BGKRV, inputs, within):
     return after_BGKRV, _ungroup(o_BGCRV, inputs[2])
 
 
-def _forward(scale, s_BGKRV, inputs, within):
-    return scalar_chunk(scale, s_BGKRV, inputs, within), (s_BGKRV, inputs, within)
+def _forward(scale, lag, s_BGKRV, inputs, within):
+    return scalar_chunk(scale, lag, s_BGKRV, inputs, within), (s_BGKRV, inputs, within)
 
 
-def _backward(scale, saved, cotangents):
+def _backward(scale, lag, saved, cotangents):
     """Pairs, reads and writes each carry the gates between two positions: see `between`."""
     s_BGKRV, inputs, within = saved
     ds_BGKRV, do = cotangents
@@ -48,7 +51,7 @@ def _backward(scale, saved, cotangents):
     do_BGCRV = jnp.swapaxes(do.reshape(jnp.swapaxes(v_BGCRV, 1, 2).shape), 1, 2)
     do_BGCRV = do_BGCRV.astype(s_BGKRV.dtype)
     do_BGRCV, v_BGRCV = jnp.swapaxes(do_BGCRV, 2, 3), jnp.swapaxes(v_BGCRV, 2, 3)
-    decay_BGRCS, read_BGCR1, write_BGCR1, keep_BG1R1, real = decays(g_BGRC, within)
+    decay_BGRCS, read_BGCR1, write_BGCR1, keep_BG1R1, real = decays(g_BGRC, within, lag)
     a_BGCS = jnp.einsum("bgck,bgsk->bgcs", q_BGCK, k_BGCK)
     da_BGRCS = jnp.einsum("bgrcv,bgrsv->bgrcs", do_BGRCV, v_BGRCV) * decay_BGRCS
     pairs_BGRCS = da_BGRCS * a_BGCS[:, :, None]
@@ -70,7 +73,8 @@ def _backward(scale, saved, cotangents):
     writes_BGCR = jnp.einsum("bgcrv,bgcrv->bgcr", written_BGCRV, dw_BGCRV)
     kept_BGKR = jnp.einsum("bgkrv,bgkrv->bgkr", s_BGKRV, ds_BGKRV)
     kept_BGR = keep_BG1R1[:, :, 0, :, 0] * kept_BGKR.sum(2)
-    dg_BGRC = between(pairs_BGRCS, jnp.swapaxes(reads_BGCR, 2, 3), jnp.swapaxes(writes_BGCR, 2, 3))
+    reads_BGRC, writes_BGRC = jnp.swapaxes(reads_BGCR, 2, 3), jnp.swapaxes(writes_BGCR, 2, 3)
+    dg_BGRC = between(pairs_BGRCS, reads_BGRC, writes_BGRC, lag)
     dg_BGRC = jnp.where(real[:, None, None], dg_BGRC + kept_BGR[..., None], 0)
     gradients = (
         jnp.swapaxes(scale * dq_BGCK, 1, 2),
@@ -110,48 +114,61 @@ def split_heads(x, heads):
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def decays(g_BGRC, within):
-    """Decays from position S to C, from the entering state, to the leaving state, and of it."""
+def decays(g_BGRC, within, lag=0):
+    """Decays from position S to C, from the entering state, to the leaving state, and of it.
+
+    The first two are as of position C - lag, where C reads.
+    """
     chunk = g_BGRC.shape[-1]
     mask = chunks.masks(within, chunk)
     g_BGRC = jnp.where(mask.real[:, None, None], jnp.maximum(g_BGRC, FLOOR), 0)
     coarse = jnp.round(g_BGRC * GRAIN) / GRAIN
-    coarse, fine = _prefix(coarse), _prefix(g_BGRC - coarse)
+    parts = coarse, g_BGRC - coarse
+    write, read = ([_prefix(part, n) for part in parts] for n in (0, lag))
+    end = [part[..., -1:] for part in write]
 
     def decay(later, earlier):
-        return jnp.exp(
-            jnp.minimum((coarse[later] - coarse[earlier]) + (fine[later] - fine[earlier]), 0)
-        )
+        (coarse, fine), (coarse_before, fine_before) = later, earlier
+        return jnp.exp(jnp.minimum((coarse - coarse_before) + (fine - fine_before), 0))
 
-    every, last = (..., slice(None)), (..., slice(-1, None))
-    decay_BGRCS = decay((..., slice(None), None), (..., None, slice(None)))
-    decay_BGRCS = jnp.where(mask.pair[:, None, None], decay_BGRCS, 0)
-    read_BGRC = jnp.where(mask.read[:, None, None], jnp.exp(coarse + fine), 0)
-    write_BGRC = jnp.where(mask.write[:, None, None], decay(last, every), 0)
-    keep_BGR = jnp.where(mask.keep[:, None, None], jnp.exp(coarse + fine)[..., -1], 0)
+    decay_BGRCS = decay([x[..., None] for x in read], [x[..., None, :] for x in write])
+    pair = mask.pair & jnp.tri(chunk, k=-lag, dtype=bool)
+    decay_BGRCS = jnp.where(pair[:, None, None], decay_BGRCS, 0)
+    read_BGRC = jnp.where(mask.read[:, None, None], jnp.exp(sum(read)), 0)
+    write_BGRC = jnp.where(mask.write[:, None, None], decay(end, write), 0)
+    keep_BGR = jnp.where(mask.keep[:, None, None], jnp.exp(sum(end))[..., 0], 0)
     read_BGCR1, write_BGCR1 = (jnp.swapaxes(x, 2, 3)[..., None] for x in (read_BGRC, write_BGRC))
     return decay_BGRCS, read_BGCR1, write_BGCR1, keep_BGR[:, :, None, :, None], mask.real
 
 
-def _prefix(x):
-    """Inclusive sums along the chunk; a triangular product is the fastest form on every device."""
+def _prefix(x, lag):
+    """Sums up to C - lag; a triangular product is the fastest form on every device."""
     chunk = x.shape[-1]
-    return jnp.einsum("...s,cs->...c", x, jnp.tri(chunk, dtype=x.dtype), precision=HIGHEST)
+    return jnp.einsum("...s,cs->...c", x, jnp.tri(chunk, k=-lag, dtype=x.dtype), precision=HIGHEST)
 
 
-def between(pairs_xCS, reads_xC, writes_xC):
-    """Sum at each gate what passes it: pairs S < t <= C, reads t <= C, writes S < t."""
+def between(pairs_xCS, reads_xC, writes_xC, lag=0):
+    """Sum at gate t what passes it: pairs S < t <= C - lag, reads t <= C - lag, writes S < t."""
     chunk = pairs_xCS.shape[-1]
     strict = jnp.tri(chunk, k=-1, dtype=pairs_xCS.dtype)
     ones = jnp.ones(chunk, pairs_xCS.dtype)
     pairs_xCS = pairs_xCS * strict
     total = functools.partial(jnp.einsum, precision=HIGHEST)
-    ends_xC = total("...cs,s->...c", pairs_xCS, ones) + reads_xC
+    ends_xC = advance(total("...cs,s->...c", pairs_xCS, ones) + reads_xC, lag, axis=-1)
     starts_xC = total("...cs,c->...s", pairs_xCS, ones)
     inclusive = strict + jnp.eye(chunk, dtype=strict.dtype)
     return total("...c,ct->...t", ends_xC - starts_xC, inclusive) + total(
         "...s,ts->...t", writes_xC, strict
     )
+
+
+def advance(x, lag, axis):
+    """Move every position `lag` earlier; zeros come in at the end."""
+    if lag == 0:
+        return x
+    moved = jnp.roll(x, -lag, axis)
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
+    return jnp.where(place < x.shape[axis] - lag, moved, 0)
 
 
 def reads(q_BGCK, dq_BGCK, do_BGCRV, s):

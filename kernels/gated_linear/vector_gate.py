@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunks
+from kernels.gated_linear.scalar_gate import advance
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def vector_chunk(scale, s_BHKV, inputs, within):
-    """One chunk of heads with their own gates."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def vector_chunk(scale, lag, s_BHKV, inputs, within):
+    """One chunk of heads with their own gates.
+
+    Token t reads S_{t - lag}: with lag 1 neither its own gate nor its own write.
+    """
     q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = by_head(scale, s_BHKV.dtype, within, *inputs)
-    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, _ = halving(q_BHCK, k_BHCK, e_BHCK)
-    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK)
+    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, _ = halving(q_BHCK, k_BHCK, e_BHCK, lag)
+    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, lag)
     o_BHCV = jnp.einsum("bhcs,bhsv->bhcv", a_BHCS, v_BHCV)
     o_BHCV += jnp.einsum("bhck,bhkv->bhcv", qe_BHCK, s_BHKV)
     written_BHKV = jnp.einsum("bhsk,bhsv->bhkv", ke_BHCK, v_BHCV)
@@ -28,24 +32,26 @@ def vector_chunk(scale, s_BHKV, inputs, within):
     return after_BHKV, jnp.swapaxes(o_BHCV, 1, 2).astype(inputs[2].dtype)
 
 
-def _forward(scale, s_BHKV, inputs, within):
-    return vector_chunk(scale, s_BHKV, inputs, within), (s_BHKV, inputs, within)
+def _forward(scale, lag, s_BHKV, inputs, within):
+    return vector_chunk(scale, lag, s_BHKV, inputs, within), (s_BHKV, inputs, within)
 
 
-def _backward(scale, saved, cotangents):
-    """q dq - k dk at a position is its gates' gradient; the diagonal has no decay in it."""
+def _backward(scale, lag, saved, cotangents):
+    """What q dq ends and k dk starts passes the gates between; the diagonal passes none."""
     s_BHKV, inputs, within = saved
     ds_BHKV, do = cotangents
     accumulator = s_BHKV.dtype
     do_BHCV = jnp.swapaxes(do, 1, 2).astype(accumulator)
     q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask = by_head(scale, accumulator, within, *inputs)
-    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, levels = halving(q_BHCK, k_BHCK, e_BHCK)
-    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK)
+    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, levels = halving(q_BHCK, k_BHCK, e_BHCK, lag)
+    a_BHCS, qe_BHCK, ke_BHCK, keep_BHK = masked(mask, a_BHCS, qe_BHCK, ke_BHCK, keep_BHK, lag)
     da_BHCS = jnp.einsum("bhcv,bhsv->bhcs", do_BHCV, v_BHCV)
     dqe_BHCK = jnp.einsum("bhcv,bhkv->bhck", do_BHCV, s_BHKV)
     dke_BHCK = jnp.einsum("bhsv,bhkv->bhsk", v_BHCV, ds_BHKV)
-    da_BHCS, dqe_BHCK, dke_BHCK, _ = masked(mask, da_BHCS, dqe_BHCK, dke_BHCK, keep_BHK)
-    diagonal_BHC, dq_BHCK, dk_BHCK = halving_backward(da_BHCS, dqe_BHCK, dke_BHCK, e_BHCK, levels)
+    da_BHCS, dqe_BHCK, dke_BHCK, _ = masked(mask, da_BHCS, dqe_BHCK, dke_BHCK, keep_BHK, lag)
+    diagonal_BHC, dq_BHCK, dk_BHCK = halving_backward(
+        da_BHCS, dqe_BHCK, dke_BHCK, e_BHCK, levels, lag
+    )
 
     dv_BHCV = jnp.einsum("bhcs,bhcv->bhsv", a_BHCS, do_BHCV)
     dv_BHCV += jnp.einsum("bhsk,bhkv->bhsv", ke_BHCK, ds_BHKV)
@@ -54,7 +60,8 @@ def _backward(scale, saved, cotangents):
 
     leaving_BHK = jnp.einsum("bhsk,bhsk->bhk", ke_BHCK, dke_BHCK)
     leaving_BHK += keep_BHK * jnp.einsum("bhkv,bhkv->bhk", s_BHKV, ds_BHKV)
-    dg_BHCK = suffix_sums(q_BHCK * dq_BHCK - k_BHCK * dk_BHCK) + leaving_BHK[:, :, None]
+    ends_BHCK = advance(q_BHCK * dq_BHCK, lag, axis=2)
+    dg_BHCK = suffix_sums(ends_BHCK - k_BHCK * dk_BHCK) + leaving_BHK[:, :, None]
     dg_BHCK = jnp.where(mask.real[:, None, :, None], dg_BHCK, 0)
     dq_BHCK = scale * (dq_BHCK + diagonal_BHC[..., None] * k_BHCK)
     dk_BHCK = dk_BHCK + diagonal_BHC[..., None] * q_BHCK
@@ -84,19 +91,21 @@ def by_head(scale, accumulator, within, q, k, v, log_decay):
     return q_BHCK, k_BHCK, v_BHCV, e_BHCK, mask
 
 
-def masked(mask, a_BHCS, read_BHCK, write_BHCK, keep_BHK):
+def masked(mask, a_BHCS, read_BHCK, write_BHCK, keep_BHK, lag=0):
     """Scores and factors with zeros where a document boundary or padding stands between."""
+    pair = mask.pair & jnp.tri(a_BHCS.shape[-1], k=-lag, dtype=bool)
     return (
-        jnp.where(mask.pair[:, None], a_BHCS, 0),
+        jnp.where(pair[:, None], a_BHCS, 0),
         jnp.where(mask.read[:, None, :, None], read_BHCK, 0),
         jnp.where(mask.write[:, None, :, None], write_BHCK, 0),
         jnp.where(mask.keep[:, None, None], keep_BHK, 0),
     )
 
 
-def halving(q_BHCK, k_BHCK, e_BHCK):
+def halving(q_BHCK, k_BHCK, e_BHCK, lag=0):
     """Scores sum_K q_C k_S prod(e between), S <= C, of a chunk whose length is a power of two.
 
+    With lag 1 C's own gate is not between, and the diagonal means nothing: mask it.
     Returns them with q decayed from the chunk's start, k decayed to its end, the whole chunk's
     decay, and what the backward pass needs. Blocks of 1, 2, 4 ... positions are joined in pairs:
     q holds the decays since its block began, k those until its block ends, so the later block's q
@@ -104,7 +113,7 @@ def halving(q_BHCK, k_BHCK, e_BHCK):
     """
     batch, heads, chunk, dim = q_BHCK.shape
     a_BHNCS = jnp.einsum("bhck,bhck->bhc", q_BHCK, k_BHCK)[..., None, None]
-    q_BHCK, keep_BHNK, levels = q_BHCK * e_BHCK, e_BHCK, []
+    q_BHCK, keep_BHNK, levels = q_BHCK if lag else q_BHCK * e_BHCK, e_BHCK, []
     block = 1
     while block < chunk:
         early_q, late_q = _pairs(q_BHCK, block)
@@ -125,7 +134,7 @@ def halving(q_BHCK, k_BHCK, e_BHCK):
     return a_BHNCS[:, :, 0], q_BHCK, k_BHCK, keep_BHNK[:, :, 0], levels
 
 
-def halving_backward(da_BHCS, dq_BHCK, dk_BHCK, e_BHCK, levels):
+def halving_backward(da_BHCS, dq_BHCK, dk_BHCK, e_BHCK, levels, lag=0):
     """From the gradients of `halving`'s first three results: the diagonal's, and q's and k's.
 
     q's and k's are without the diagonal's share, which no gate touches.
@@ -142,7 +151,7 @@ def halving_backward(da_BHCS, dq_BHCK, dk_BHCK, e_BHCK, levels):
         d_late_q = d_late_q * early_keep + jnp.einsum("bhncs,bhnsk->bhnck", cross, early_k)
         d_early_k = d_early_k * late_keep + jnp.einsum("bhncs,bhnck->bhnsk", cross, late_q)
         dq_BHCK, dk_BHCK = _joined(early_q, d_late_q), _joined(d_early_k, late_k)
-    return da_BHNCS[..., 0, 0], dq_BHCK * e_BHCK, dk_BHCK
+    return da_BHNCS[..., 0, 0], dq_BHCK if lag else dq_BHCK * e_BHCK, dk_BHCK
 
 
 def _pairs(x_BHCK, block):

@@ -13,10 +13,11 @@ from kernels.gated_linear.cases import GROUPS, HEADS, KEY, VALUE
 from tests.tolerance import assert_close, rms
 
 BATCH = 2
-GATES = ("scalar", "vector")
+GATES = ("scalar", "vector", "scalar, bonus", "vector, bonus")
 
 
 def draw(length, gate, *, seed=0, batch=BATCH):
+    gate, _, bonus = gate.partition(", ")
     rng = np.random.default_rng(seed)
     shapes = {
         "scalar": (batch, length, HEADS),
@@ -30,7 +31,16 @@ def draw(length, gate, *, seed=0, batch=BATCH):
         "log_decay": -np.logaddexp(0, -rng.normal(2, 2, shapes[gate])),
         "initial_state": rng.normal(size=(batch, HEADS, KEY, VALUE)),
     }
+    if bonus:
+        arrays["bonus"] = rng.normal(size=(HEADS, KEY))
     return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def rows(arguments, where):
+    """The tokens `where` of every argument that has tokens, the rest whole, no state."""
+    whole = ("initial_state", "bonus")
+    given = {n: x if n in whole else x[:, where] for n, x in arguments.items()}
+    return {n: x for n, x in given.items() if n != "initial_state"}
 
 
 def slopes(arguments, *, seed=7):
@@ -67,7 +77,7 @@ def assert_same(found, wanted, dtype="float32"):
         assert_close(found[2][name], gradient, dtype, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("gate", ["scalar", "vector", "constant"])
+@pytest.mark.parametrize("gate", [*GATES, "constant", "constant, bonus"])
 def test_the_reference_is_attention_with_decayed_scores(gate):
     length = 9
     arguments = {n: x.astype(np.float64) for n, x in draw(length, gate).items()}
@@ -75,15 +85,19 @@ def test_the_reference_is_attention_with_decayed_scores(gate):
         arrays = {name: jnp.asarray(value) for name, value in arguments.items()}
         out, final_state = gated_linear(**arrays, scale=0.7, impl="ref")
     q, k = (np.repeat(arguments[n], HEADS // GROUPS, axis=2) for n in "qk")
-    gates = arguments["log_decay"][..., None] if gate != "vector" else arguments["log_decay"]
+    gates = arguments["log_decay"][..., None] if "vector" not in gate else arguments["log_decay"]
     gates = np.broadcast_to(gates, (BATCH, length, HEADS, KEY))
     sums = np.concatenate([np.zeros_like(gates[:, :1]), np.cumsum(gates, axis=1)], axis=1)
     # The initial state is what one more position, before the first, has written.
     between = np.exp(sums[:, :, None] - sums[:, None])
-    expected = np.einsum("bthk,bthk,bhkv->bthv", q, between[:, 1:, 0], arguments["initial_state"])
+    read, own = between[:, 1:], np.ones((HEADS, KEY))
+    if "bonus" in arguments:
+        read, own = between[:, :-1], arguments["bonus"]
+    expected = np.einsum("bthk,bthk,bhkv->bthv", q, read[:, :, 0], arguments["initial_state"])
     state = np.einsum("bhk,bhkv->bhkv", between[:, -1, 0], arguments["initial_state"])
-    scores = np.einsum("bthk,bshk,btshk->bhts", q, k, between[:, 1:, 1:])
-    expected += np.einsum("bhts,bshv->bthv", np.tril(scores), arguments["v"])
+    scores = np.tril(np.einsum("bthk,bshk,btshk->bhts", q, k, read[:, :, 1:]), k=-1)
+    expected += np.einsum("bhts,bshv->bthv", scores, arguments["v"])
+    expected += np.einsum("bthk,bthk,hk,bthv->bthv", q, k, own, arguments["v"])
     state += np.einsum("bshk,bshk,bshv->bhkv", k, between[:, -1, 1:], arguments["v"])
     assert_close(out, 0.7 * expected, "float64", "out")
     assert_close(final_state, state, "float64", "final state")
@@ -136,8 +150,7 @@ def test_a_row_may_be_split_anywhere_and_the_state_passed_on(gate, cut):
     def in_two(arguments):
         state, outs = arguments["initial_state"], []
         for part in (slice(0, cut), slice(cut, None)):
-            given = {n: x[:, part] for n, x in arguments.items() if n != "initial_state"}
-            out, state = gated_linear(**given, initial_state=state)
+            out, state = gated_linear(**rows(arguments, part), initial_state=state)
             outs.append(out)
         return jnp.concatenate(outs, axis=1), state
 
@@ -159,8 +172,9 @@ def test_packed_documents_equal_separate_ones(gate):
         segments[:, where] = number
     cotangents = slopes(arguments)
     out, final_state, gradients = evaluate(arguments, cotangents, segments)
+    of_bonus = 0
     for number, where in enumerate(documents):
-        alone = {n: x[:, where] for n, x in arguments.items() if n != "initial_state"}
+        alone = rows(arguments, where)
         first, last = number == 0, number == len(documents) - 1
         state = arguments["initial_state"]
         alone["initial_state"] = state if first else np.zeros_like(state)
@@ -168,7 +182,7 @@ def test_packed_documents_equal_separate_ones(gate):
         expected = evaluate(alone, pulls)
         assert_close(out[:, where], expected[0], "float32", f"document {number}")
         for name in alone:
-            if name != "initial_state":
+            if name not in ("initial_state", "bonus"):
                 found = gradients[name][:, where]
                 assert_close(found, expected[2][name], "float32", f"{name} of document {number}")
         if first:
@@ -176,6 +190,9 @@ def test_packed_documents_equal_separate_ones(gate):
             assert_close(gradients["initial_state"], wanted, "float32", "initial state")
         if last:
             assert_close(final_state, expected[1], "float32", "final state")
+        of_bonus += expected[2].get("bonus", 0)
+    if "bonus" in arguments:
+        assert_close(gradients["bonus"], of_bonus, "float32", "bonus")
     assert not np.any(np.asarray(out)[segments == 0])
 
 
@@ -196,6 +213,19 @@ def test_extreme_gates_are_exact(gate, choices):
 
 
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_float64_in_gives_float64_accuracy(gate, length):
+    arguments = {n: x.astype(np.float64) for n, x in draw(length, gate).items()}
+    segments = np.ones((BATCH, length), np.int32)
+    segments[0, length // 2 :] = 2
+    segments[1, length // 3 : length // 2] = 0
+    with jax.enable_x64(True):
+        found = evaluate(arguments, slopes(arguments), segments)
+    expected = evaluate_exactly(arguments, slopes(arguments), segments)
+    assert_same(found, expected, "float64")
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_where_every_gate_closes_only_the_token_itself_is_read(gate):
     arguments = draw(40, gate)
     arguments["log_decay"] = np.full_like(arguments["log_decay"], -200)
@@ -203,6 +233,20 @@ def test_where_every_gate_closes_only_the_token_itself_is_read(gate):
     q, k = (np.repeat(arguments[n], HEADS // GROUPS, axis=2) for n in "qk")
     own = KEY**-0.5 * np.einsum("bthk,bthk->bth", q, k)[..., None] * arguments["v"]
     assert_close(out, own, "float32", "out")
+    assert np.abs(np.asarray(gradients["log_decay"])).max() < 1e-5
+
+
+@pytest.mark.parametrize("gate", ["scalar, bonus", "vector, bonus"])
+def test_a_bonus_reads_the_last_write_before_its_gate(gate):
+    arguments = draw(40, gate)
+    arguments["log_decay"] = np.full_like(arguments["log_decay"], -200)
+    out, _, gradients = evaluate(arguments, slopes(arguments))
+    q, k = (np.repeat(arguments[n], HEADS // GROUPS, axis=2) for n in "qk")
+    own = np.einsum("bthk,hk,bthk->bth", q, arguments["bonus"], k)[..., None] * arguments["v"]
+    first = np.einsum("bhk,bhkv->bhv", q[:, 0], arguments["initial_state"])[:, None]
+    last = np.einsum("bthk,bthk->bth", q[:, 1:], k[:, :-1])[..., None] * arguments["v"][:, :-1]
+    expected = KEY**-0.5 * (own + np.concatenate([first, last], axis=1))
+    assert_close(out, expected, "float32", "out")
     assert np.abs(np.asarray(gradients["log_decay"])).max() < 1e-5
 
 
@@ -224,7 +268,7 @@ def test_one_token_takes_no_loop_and_equals_a_chunk(gate):
     traced = jax.make_jaxpr(lambda arguments: gated_linear(**arguments))(arguments)
     assert "scan" not in str(traced) and "while" not in str(traced)
     padded = {
-        n: x if n == "initial_state" else np.concatenate([x, np.ones_like(x)], axis=1)
+        n: x if n in ("initial_state", "bonus") else np.concatenate([x, np.ones_like(x)], axis=1)
         for n, x in arguments.items()
     }
     segments = jnp.asarray([[1, 0]] * BATCH, jnp.int32)
@@ -248,9 +292,11 @@ def test_memory_of_a_long_row_is_its_chunk_states(gate):
     """Forward and backward at T = 4096 need less than 45 MB beside inputs and gradients."""
     heads, length, dim = 4, 4096, 64
     token = jax.ShapeDtypeStruct((1, length, heads, dim), np.float32)
-    gates = token if gate == "vector" else jax.ShapeDtypeStruct(token.shape[:3], np.float32)
+    gates = token if "vector" in gate else jax.ShapeDtypeStruct(token.shape[:3], np.float32)
     state = jax.ShapeDtypeStruct((1, heads, dim, dim), np.float32)
     arguments = dict(q=token, k=token, v=token, log_decay=gates, initial_state=state)
+    if "bonus" in gate:
+        arguments["bonus"] = jax.ShapeDtypeStruct((heads, dim), np.float32)
     compiled = evaluate.lower(arguments, (token, state)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 45e6
 
@@ -304,6 +350,7 @@ def reshaped(**shapes):
             {"initial_state": (2, 4, 12, 8)},
             r"initial_state has shape \(2, 4, 12, 8\); .* = \(2, 4, 8, 12\)",
         ),
+        ({"bonus": (2, 8)}, r"bonus has shape \(2, 8\); it must be \(H, K\) = \(4, 8\)\."),
     ],
 )
 def test_wrong_shapes_are_named(changes, message):
@@ -316,6 +363,11 @@ def test_an_integer_gate_is_named():
     arguments = reshaped() | {"log_decay": jnp.zeros((2, 3, 4), jnp.int32)}
     with pytest.raises(ValueError, match="log_decay has dtype int32; it must be floating"):
         gated_linear(**arguments)
+
+
+def test_an_integer_bonus_is_named():
+    with pytest.raises(ValueError, match="bonus has dtype int32; it must be floating"):
+        gated_linear(**reshaped(), bonus=jnp.ones((HEADS, KEY), jnp.int32))
 
 
 def test_segments_of_another_length_are_named():
