@@ -1,5 +1,5 @@
-"""The (gated) delta rule: a state that corrects what it recalls before it writes."""
+"""The (gated) delta rule, and states whose transition is diagonal plus low rank."""
 
-from kernels.delta_rule.api import delta_rule
+from kernels.delta_rule.api import delta_rule, dplr
 
-__all__ = ["delta_rule"]
+__all__ = ["delta_rule", "dplr"]

@@ -1,4 +1,4 @@
-"""The (gated) delta rule as the papers write it: one step a token."""
+"""The (gated) delta rule and `dplr` as the papers write them: one step a token."""
 
 import jax
 import jax.numpy as jnp
@@ -55,5 +55,44 @@ def delta_rule(
         packed.is_real(segments).T,
         packed.starts(segments).T,
     )
+    final_state, o_TBHV = jax.lax.scan(step, initial_state.astype(accumulator), inputs)
+    return jnp.moveaxis(o_TBHV, 0, 1).astype(v.dtype), final_state
+
+
+def dplr(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The recurrence of `kernels.delta_rule.dplr`, one `lax.scan` over time."""
+    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    batch, length, heads, key_dim = q.shape
+    scale = float(key_dim**-0.5 if scale is None else scale)
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[3]), accumulator)
+
+    def step(s_BHKV, inputs):
+        q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, g_BHK, real, start = inputs
+        before_BHKV = jnp.where(start[:, None, None, None], 0, s_BHKV)
+        recalled_BHV = jnp.einsum("bhk,bhkv->bhv", a_BHK, before_BHKV)
+        after_BHKV = jnp.exp(g_BHK)[..., None] * before_BHKV
+        after_BHKV += jnp.einsum("bhk,bhv->bhkv", b_BHK, recalled_BHV)
+        after_BHKV += jnp.einsum("bhk,bhv->bhkv", k_BHK, v_BHV)
+        o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
+        real = real[:, None, None]
+        return jnp.where(real[..., None], after_BHKV, s_BHKV), jnp.where(real, o_BHV, 0)
+
+    given = (q, k, v, a, b, log_decay)
+    inputs = tuple(jnp.moveaxis(x_BTHX.astype(accumulator), 1, 0) for x_BTHX in given)
+    inputs += (packed.is_real(segments).T, packed.starts(segments).T)
     final_state, o_TBHV = jax.lax.scan(step, initial_state.astype(accumulator), inputs)
     return jnp.moveaxis(o_TBHV, 0, 1).astype(v.dtype), final_state

@@ -1,4 +1,4 @@
-"""The (gated) delta rule by chunks: the WY form, one state between chunks.
+"""The (gated) delta rule and `dplr` by chunks: the WY form, one state between chunks.
 
 In a chunk the written rows u_i = beta_i (v_i - what the state recalls for k_i) depend on each other
 through a unit lower triangular matrix; its inverse turns all of them into matmuls
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import chunks
 from kernels import segments as packed
+from kernels.delta_rule.low_rank import low_rank_chunk
 from kernels.delta_rule.scalar_gate import scalar_chunk
 from kernels.delta_rule.vector_gate import vector_chunk
 
@@ -70,8 +71,53 @@ def _one_token(q, k, v, beta, log_decay, segments, s_BHKV, scale):
     u_BHV = beta_BH1 * (v_BHV - recalled_BHV)
     after_BHKV = decayed_BHKV + k_BHK[..., None] * u_BHV[..., None, :]
     o_BHV = jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
+    return _one_token_out(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)
+
+
+def dplr(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H K"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The operation of `kernels.delta_rule.dplr`, chunk by chunk; one token goes straight."""
+    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    batch, length, heads, key_dim = q.shape
+    scale = key_dim**-0.5 if scale is None else scale
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[3]), accumulator)
+    s_BHKV = initial_state.astype(accumulator)
+    if length == 1:
+        return _one_token_dplr(q, k, v, a, b, log_decay, segments, s_BHKV, scale)
+    chunk = chunks.length_for(length, LONGEST)
+    inputs = chunks.pad((q, k, v, a, b, log_decay), chunk)
+    within = chunks.boundaries(chunks.pad(segments, chunk), chunk)
+    body = functools.partial(low_rank_chunk, scale)
+    s_BHKV, out = chunks.scan(body, chunk, s_BHKV, inputs, within)
+    return out[:, :length], s_BHKV
+
+
+def _one_token_dplr(q, k, v, a, b, log_decay, segments, s_BHKV, scale):
+    """One update of the state and one read: no chunk, no loop."""
+    given = (q, k, v, a, b, log_decay)
+    q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, g_BHK = (x[:, 0].astype(s_BHKV.dtype) for x in given)
+    r_BHV = jnp.einsum("bhk,bhkv->bhv", a_BHK, s_BHKV)
+    after_BHKV = jnp.exp(g_BHK)[..., None] * s_BHKV
+    after_BHKV += b_BHK[..., None] * r_BHV[..., None, :] + k_BHK[..., None] * v_BHV[..., None, :]
+    o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
+    return _one_token_out(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)
+
+
+def _one_token_out(o_BHV, after_BHKV, segments, before_BHKV, dtype):
+    """(output, state) of one token, which leaves the state alone where it is padding."""
     if segments is not None:
         real = packed.is_real(segments)[..., None]
-        after_BHKV = jnp.where(real[..., None], after_BHKV, s_BHKV)
+        after_BHKV = jnp.where(real[..., None], after_BHKV, before_BHKV)
         o_BHV = jnp.where(real, o_BHV, 0)
-    return o_BHV[:, None].astype(v.dtype), after_BHKV
+    return o_BHV[:, None].astype(dtype), after_BHKV

@@ -1,11 +1,11 @@
-"""What only the delta rule promises: products, strong writes, pieces, documents, errors."""
+"""What only the delta rule and dplr promise: products, equalities, pieces, documents, errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.delta_rule import delta_rule
+from kernels.delta_rule import delta_rule, dplr
 from tests.tolerance import assert_close
 
 B, T, G, H, K, V = 2, 70, 2, 4, 8, 12
@@ -160,3 +160,156 @@ def test_wrong_shapes_are_one_line(index, shape, word):
     with pytest.raises(ValueError, match=word) as caught:
         call(arrays)
     assert "\n" not in str(caught.value)
+
+
+def draw_dplr(seed=0, length=T, strong=False):
+    """q, k, v, a, b, log_decay and a state, float64; b^T a in (-1, 0), or (-2, 0) if `strong`."""
+    rng = np.random.default_rng(seed)
+    q, k, kappa = rng.normal(size=(3, B, length, H, K))
+    kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
+    v = rng.normal(size=(B, length, H, V))
+    eta = (2 if strong else 1) * rng.uniform(size=q.shape)
+    decay = -rng.exponential(0.3, size=q.shape)
+    return [q, k, v, -kappa, eta * kappa, decay, rng.normal(size=(B, H, K, V))]
+
+
+def transitions(q, k, v, a, b, decay, state):
+    """S_t as an explicit product with diag(exp g) + b a^T."""
+    out, final = np.zeros(v.shape), np.zeros_like(state)
+    for row, head in np.ndindex(B, H):
+        s = state[row, head]
+        for t in range(v.shape[1]):
+            at = (row, t, head)
+            s = (np.diag(np.exp(decay[at])) + np.outer(b[at], a[at])) @ s + np.outer(k[at], v[at])
+            out[at] = K**-0.5 * q[at] @ s
+        final[row, head] = s
+    return out, final
+
+
+def call_dplr(arrays, impl="xla", **options):
+    """The operation on float32 copies, the state last."""
+    *inputs, state = (jnp.asarray(a, jnp.float32) for a in arrays)
+    return dplr(*inputs, initial_state=state, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", ["ref", "xla"])
+@pytest.mark.parametrize("strong", [False, True])
+def test_dplr_equals_products_of_matrices(strong, impl):
+    arrays = draw_dplr(strong=strong)
+    for got, want in zip(call_dplr(arrays, impl), transitions(*arrays), strict=True):
+        assert_close(got, want, jnp.float32, "dplr")
+
+
+@pytest.mark.parametrize("impl", ["ref", "xla"])
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_delta_rule_is_dplr(gate, impl):
+    """k' = beta k, a = exp(g) k, b = -beta k: the same function, so the same gradients too."""
+    arrays = [jnp.asarray(a, jnp.float32) for a in draw(8, gate)]
+    arrays[:2] = (jnp.repeat(a, H // G, axis=2) for a in arrays[:2])
+    weights = jnp.asarray(np.random.default_rng(9).normal(size=(B, T, H, V)), jnp.float32)
+
+    def loss(operation):
+        def run(arrays):
+            out, state = operation(arrays)
+            return jnp.sum(out * weights) + jnp.sum(jnp.sin(state)), (out, state)
+
+        return jax.jit(jax.value_and_grad(run, has_aux=True))
+
+    def through_dplr(arrays):
+        q, k, v, beta, decay, state = arrays
+        decay = jnp.broadcast_to(decay if gate == "vector" else decay[..., None], k.shape)
+        written = beta[..., None] * k
+        return call_dplr([q, written, v, jnp.exp(decay) * k, -written, decay, state], impl)
+
+    got, want = loss(through_dplr)(arrays), loss(lambda arrays: call(arrays, impl))(arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b, jnp.float32, gate)
+
+
+@pytest.mark.parametrize("cut", [1, 33, 64])
+def test_dplr_in_pieces_is_the_whole(cut):
+    arrays = [jnp.asarray(a, jnp.float32) for a in draw_dplr(4)]
+    weights = jnp.asarray(np.random.default_rng(9).normal(size=(B, T, H, V)), jnp.float32)
+
+    def whole(arrays):
+        out, state = call_dplr(arrays)
+        return jnp.sum(out * weights) + jnp.sum(jnp.sin(state))
+
+    def pieces(arrays):
+        first, state = call_dplr([a[:, :cut] for a in arrays[:6]] + [arrays[6]])
+        second, state = call_dplr([a[:, cut:] for a in arrays[:6]] + [state])
+        out = jnp.concatenate([first, second], axis=1)
+        return jnp.sum(out * weights) + jnp.sum(jnp.sin(state))
+
+    want, got = (jax.jit(jax.value_and_grad(f))(arrays) for f in (whole, pieces))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b, jnp.float32, f"cut at {cut}")
+
+
+def test_dplr_of_packed_documents_is_dplr_of_each():
+    arrays = draw_dplr(5)
+    edges = [0, 16, 17, 40, T]
+    row = np.repeat([1, 2, 3, 4], np.diff(edges))
+    out, state = call_dplr(arrays, segments=jnp.asarray(np.stack([row, row]), jnp.int32))
+    entering = arrays[6]
+    for a, b in zip(edges, edges[1:], strict=False):
+        want, last = call_dplr([x[:, a:b] for x in arrays[:6]] + [entering])
+        assert_close(out[:, a:b], want, jnp.float32, f"document {a}:{b}")
+        entering = np.zeros_like(arrays[6])
+    assert_close(state, last, jnp.float32, "final state")
+
+
+def test_dplr_gradients_at_extreme_gates():
+    """Each gradient in float32 against the reference in float64, gates at e^-30 beside 1 - 1e-4."""
+    arrays = draw_dplr(6)
+    arrays[5] = np.random.default_rng(0).choice([0.0, -1e-4, -30.0], size=arrays[5].shape)
+    arrays = [a.astype(np.float32) for a in arrays]
+    weights = np.random.default_rng(9).normal(size=(B, T, H, V)).astype(np.float32)
+
+    def gradients(impl, arrays, weights):
+        def loss(arrays):
+            *inputs, state = arrays
+            out, state = dplr(*inputs, initial_state=state, impl=impl)
+            return jnp.sum(out * weights) + jnp.sum(jnp.sin(state))
+
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(arrays))
+
+    got = gradients("xla", arrays, weights)
+    with jax.enable_x64(True):
+        wide = [a.astype(np.float64) for a in (*arrays, weights)]
+        want = gradients("ref", wide[:-1], wide[-1])
+    for name, a, b in zip("q k v a b log_decay state".split(), got, want, strict=True):
+        assert_close(a, b, jnp.float32, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (0, (B, T, H), r"q has shape \(2, 70, 4\), rank 3; it must have rank 4"),
+        (1, (B, T, H, 9), r"k has shape \(2, 70, 4, 9\); it must be q's shape, \(2, 70, 4, 8\)"),
+        (2, (B, T, 2 * H, V), r"v has 8 heads and q and k have 4; .* so v must have 4"),
+        (2, (B, T + 1, H, V), r"v has \(batch, time\) \(2, 71\); it must be q's and k's \(2, 70\)"),
+        (3, (B, T, H, 1), r"a has shape \(2, 70, 4, 1\); it must be q's shape, \(2, 70, 4, 8\)"),
+        (4, (B, T, 1, K), r"b has shape \(2, 70, 1, 8\); it must be q's shape, \(2, 70, 4, 8\)"),
+        (5, (B, T, H), r"log_decay has shape \(2, 70, 4\); it must be q's shape, \(2, 70, 4, 8\)"),
+        (6, (B, H, V, K), r"initial_state has shape .* it must be .* \(2, 4, 8, 12\)"),
+    ],
+)
+def test_dplr_says_in_one_line_which_shape_is_wrong(index, shape, message):
+    arrays = draw_dplr()
+    arrays[index] = np.zeros(shape)
+    with pytest.raises(ValueError, match=message) as caught:
+        call_dplr(arrays)
+    assert "\n" not in str(caught.value)
+
+
+def test_dplr_gates_are_floating():
+    arrays = [jnp.asarray(a, jnp.float32) for a in draw_dplr()]
+    arrays[5] = arrays[5].astype(jnp.int32)
+    with pytest.raises(ValueError, match="log_decay has dtype int32; it must be floating"):
+        dplr(*arrays[:6], initial_state=arrays[6])
+
+
+def test_dplr_segments_fit():
+    with pytest.raises(ValueError, match=r"segments has shape \(2, 69\) .* \(2, 70\)"):
+        call_dplr(draw_dplr(), segments=jnp.ones((B, T - 1), jnp.int32))
