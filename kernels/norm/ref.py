@@ -1,0 +1,31 @@
+"""RMS normalisation as its equation reads, differentiated by JAX."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def norm(
+    x: Float[Array, "*S D"],
+    weight: Float[Array, "*W D"],
+    *,
+    residual: Float[Array, "*S D"] | None = None,
+    gate: Float[Array, "*S D"] | None = None,
+    input_gate: Float[Array, "*S D"] | None = None,
+    activation: str = "silu",
+    eps: float = 1e-6,
+) -> tuple[Float[Array, "*S D"], Float[Array, "*S D"]]:
+    """u = x act(input_gate) + residual;  y = u / sqrt(mean(u^2) + eps) * weight * act(gate)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    act = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
+    u = x.astype(wide)
+    if input_gate is not None:
+        u = u * act(input_gate.astype(wide))
+    if residual is not None:
+        u = u + residual.astype(wide)
+    u = u.astype(x.dtype)
+    mean_square = jnp.mean(jnp.square(u.astype(wide)), axis=-1, keepdims=True)
+    y = u.astype(wide) / jnp.sqrt(mean_square + eps) * weight.astype(wide)
+    if gate is not None:
+        y = y * act(gate.astype(wide))
+    return y.astype(x.dtype), u
