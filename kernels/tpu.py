@@ -26,6 +26,7 @@ def call(
     semantics: str,
     scratch: Sequence[Any] = (),
     lists: Sequence[np.ndarray | jax.Array] = (),
+    copies: Sequence[int] = (),
     vmem: int = 0,
     name: str | None = None,
 ) -> tuple[jax.Array, ...]:
@@ -33,7 +34,9 @@ def call(
 
     `semantics` is a letter a grid axis: p (parallel) or a (arbitrary: in order, carries scratch).
     `lists` are int32 arrays read by scalars, handed to every index map after the grid indices
-    (scalar prefetch); the body gets their refs first. `vmem` in bytes raises the compiler's limit.
+    (scalar prefetch); the body gets their refs first. Where a block follows a list that is known at
+    run time alone, `copies` bounds how often it is copied, one number a block (inputs, then
+    outputs); without it every step counts as one. `vmem` in bytes raises the compiler's limit.
     """
     varying = _varying((arrays, lists))
     shapes = [
@@ -64,8 +67,9 @@ def call(
 
     traced = jax.make_jaxpr(build(None))(*lists, *arrays)
     steps = math.prod(grid)
-    blocks = zip((*ins, *outs), (*arrays, *shapes), strict=True)
-    moved = sum(_bytes(spec, x, grid, lists) for spec, x in blocks)
+    bounds = copies or [steps] * (len(ins) + len(outs))
+    blocks = zip((*ins, *outs), (*arrays, *shapes), bounds, strict=True)
+    moved = sum(_bytes(spec, x, grid, lists, bound) for spec, x, bound in blocks)
     flops = _body_flops(traced)
     cost = pl.CostEstimate(
         flops=int(steps * (flops.matmul or flops.elementwise)),
@@ -81,24 +85,24 @@ def _body_flops(traced):
     return Walk().run(eqn.params["jaxpr"])
 
 
-def _bytes(spec: Any, x: Any, grid, lists) -> int:
+def _bytes(spec: Any, x: Any, grid, lists, bound: int) -> int:
     """What a block's copies move; an array that the body copies for itself counts once."""
     if spec.block_shape is None:
         return x.size * x.dtype.itemsize
     block = math.prod(size for size in spec.block_shape if size)
-    return block * x.dtype.itemsize * fetches(spec, grid, lists)
+    return block * x.dtype.itemsize * fetches(spec, grid, lists, bound)
 
 
-def fetches(spec: Any, grid: tuple[int, ...], lists: Sequence = ()) -> int:
+def fetches(spec: Any, grid: tuple[int, ...], lists: Sequence = (), bound: int = 0) -> int:
     """How often a block is copied: once for every change of its index along the grid.
 
-    Indices that come from a list known only at run time count as a change at every step.
+    A block that follows a list known only at run time counts `bound` times, if 0 at every step.
     """
     index_map = spec.index_map
     if any(not isinstance(entries, np.ndarray) for entries in lists):
         probes = [np.zeros(entries.shape, np.int32) for entries in lists]
         if _depends_on_lists(index_map, grid, lists):
-            return math.prod(grid)
+            return bound or math.prod(grid)
         lists = probes
 
     def block(*indices):
