@@ -151,9 +151,10 @@ def over_mesh(
 ):
     """`function(**arguments)`, each device on its own rows and heads; as it is without a mesh.
 
-    `dims` gives an array a letter a dimension: b is split over the batch axes of `dispatch.layout`, h, g
-    (heads and the groups they share) and d (channels) over its heads axes, all others are whole. A
-    dimension that does not divide evenly stays whole, and with it all heads, on every device.
+    `dims` gives an array a letter a dimension: b is split over the batch axes of `dispatch.layout`,
+    h, g (heads and the groups they share) and d (channels) over its heads axes, all others are
+    whole. A dimension that does not divide evenly stays whole, and with it all heads, on every
+    device.
     Mosaic kernels cannot be partitioned by the compiler, so a mesh without a `layout` raises.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels.gated_linear import gated_linear
+from kernels import dispatch
+from kernels.gated_linear import gated_linear, pallas_tpu
 from kernels.gated_linear.cases import GROUPS, HEADS, KEY, VALUE
 from tests.tolerance import assert_close, rms
 
@@ -213,7 +214,7 @@ def test_extreme_gates_are_exact(gate, choices):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("length", [1, 2, 70])
+@pytest.mark.parametrize("length", [1, 70])
 def test_float64_in_gives_float64_accuracy(gate, length):
     arguments = {n: x.astype(np.float64) for n, x in draw(length, gate).items()}
     segments = np.ones((BATCH, length), np.int32)
@@ -321,6 +322,28 @@ def test_a_shard_of_heads_on_each_device_gives_the_same():
     assert_same(evaluate_sharded(arguments, cotangents), evaluate(arguments, cotangents))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tpu_kernels_on_a_mesh_split_rows_and_heads(groups):
+    """One group is not split: its gradient is the sum of what the heads of all devices give."""
+    arguments = draw(20, "scalar, bonus")
+    for name in "qk":
+        arguments[name] = arguments[name][:, :, :groups]
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    @jax.jit
+    def evaluate_sharded(arguments, cotangents):
+        outputs, pullback = jax.vjp(lambda a: gated_linear(**a, impl="pallas_tpu"), arguments)
+        return *outputs, pullback(cotangents)[0]
+
+    cotangents = tuple(c.astype(np.float32) for c in slopes(arguments))
+    with jax.set_mesh(mesh), dispatch.interpreting():
+        with dispatch.layout(batch=("data",), heads=("tensor",)):
+            text = str(jax.make_jaxpr(evaluate_sharded)(arguments, cotangents))
+            found = evaluate_sharded(arguments, cotangents)
+    assert f"f32[1,20,{HEADS // 2},{VALUE}]" in text  # v's rows and heads on one device
+    assert_same(found, evaluate(arguments, cotangents))
+
+
 def reshaped(**shapes):
     """Arguments of length 3 with zeros of these shapes in place of the named ones."""
     arguments = draw(3, "scalar") | {n: np.zeros(s, np.float32) for n, s in shapes.items()}
@@ -373,3 +396,146 @@ def test_an_integer_bonus_is_named():
 def test_segments_of_another_length_are_named():
     with pytest.raises(ValueError, match=r"segments has shape \(2, 4\) .* must be \(2, 3\)"):
         gated_linear(**reshaped(), segments=jnp.ones((2, 4), jnp.int32))
+
+
+def draw_wide(gate, dtype, *, length, groups, heads, key, value):
+    """Heads of which a TPU program takes some, as in a model."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "q": (1, length, groups, key),
+        "k": (1, length, groups, key),
+        "v": (1, length, heads, value),
+        "log_decay": (1, length, heads, key) if "vector" in gate else (1, length, heads),
+        "initial_state": (1, heads, key, value),
+    }
+    if "bonus" in gate:
+        shapes["bonus"] = (heads, key)
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    arrays["log_decay"] = -np.logaddexp(0, -arrays["log_decay"] - 2)
+    wide = ("log_decay", "bonus", "initial_state")
+    return {n: x.astype("float32" if n in wide else jnp.dtype(dtype)) for n, x in arrays.items()}
+
+
+@pytest.mark.parametrize("gate", ["scalar, bonus", "vector"])
+@pytest.mark.parametrize(
+    ("groups", "heads", "key", "value"),
+    [(1, 8, 128, 64), (2, 4, 128, 256), (8, 8, 32, 32)],
+    ids=["parts share q and k", "a head a program", "some groups a program"],
+)
+def test_tpu_programs_of_some_heads_give_the_same(gate, groups, heads, key, value):
+    arguments = draw_wide(
+        gate, "float32", length=20, groups=groups, heads=heads, key=key, value=value
+    )
+    room = pallas_tpu.VECTOR if gate == "vector" else pallas_tpu.SCALAR
+    assert pallas_tpu.heads_together(groups, heads, key, value, room) < heads
+    segments = np.asarray([[1] * 5 + [2] * 12 + [0] * 3], np.int32)
+    with dispatch.interpreting():
+        found = evaluate(arguments, slopes(arguments), segments, impl="pallas_tpu")
+    assert_same(found, evaluate_exactly(arguments, slopes(arguments), segments))
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "key", "value", "together"),
+    [
+        (16, 16, 64, 64, (4, 2)),
+        (16, 16, 128, 128, (4, 2)),
+        (8, 8, 256, 256, (2, 1)),
+        (8, 8, 256, 512, (1, 1)),
+        (1, 80, 128, 64, (4, 2)),
+        (4, 16, 64, 64, (8, 8)),  # one group would be 64 lanes of q
+        (4, 8, 64, 64, (4, 4)),
+        (2, 4, 12, 20, (4, 4)),  # lanes that cannot be cut
+    ],
+)
+def test_heads_of_a_tpu_program_make_whole_blocks(groups, heads, key, value, together):
+    rooms = (pallas_tpu.SCALAR, pallas_tpu.VECTOR)
+    found = tuple(pallas_tpu.heads_together(groups, heads, key, value, room) for room in rooms)
+    assert found == together
+
+
+def test_short_rows_have_two_tpu_chunks():
+    lengths = [pallas_tpu.chunk_length(n, 128) for n in (1, 8, 16, 17, 24, 64, 130, 256, 5000)]
+    assert lengths == [8, 8, 8, 16, 16, 32, 128, 128, 128]
+    assert pallas_tpu.chunk_length(5000, 64) == 64
+
+
+def launches(jaxpr):
+    """The `pallas_call`s of a program, in order."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+        else:
+            inner = (p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+            for one in inner:
+                yield from launches(getattr(one, "jaxpr", one))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_costs_of_tpu_launches_are_the_formulas(gate):
+    """FLOPs of the products and bytes of the copies, per chunk, by hand."""
+    length, heads, key, value = 512, 8, 64, 128
+    arguments = draw_wide(
+        gate, "bfloat16", length=length, groups=heads, heads=heads, key=key, value=value
+    )
+    pull_out, pull_state = slopes(arguments)
+    pulls = pull_out.astype(jnp.bfloat16), pull_state.astype(np.float32)
+
+    def both(arguments):
+        outputs, pull = jax.vjp(lambda a: gated_linear(**a, impl="pallas_tpu"), arguments)
+        return outputs, pull(pulls)
+
+    with dispatch.interpreting():
+        found = launches(jax.make_jaxpr(both)(arguments).jaxpr)
+    forward, backward = (eqn.params["cost_estimate"] for eqn in found)
+    chunk, programs = 128, 2 if gate == "scalar" else 4
+    count, square, state = length // chunk, chunk * chunk, key * value
+    levels = 0 if gate == "scalar" else 7
+    scores = 2 * square * key * (1 + levels)
+    one = heads * (scores + 2 * square * value + 4 * chunk * state)
+    two = heads * (scores + 4 * square * (key + value) + 10 * chunk * state)
+    if gate == "scalar":
+        sums = 4 * heads * square
+        one, two = one + sums, two + sums + 6 * heads * square + 2 * heads * chunk
+    else:  # q's and k's gradients at each level, no scores' own; sums over gates
+        two += heads * (4 * square * key * (levels - 1) + 2 * square * key - 2 * chunk * state)
+    assert forward.flops == count * one
+    assert backward.flops == count * two
+
+    marks = count * programs * 3 * chunk * 4
+    tokens = 2 * length * heads * (2 * key + value)
+    gates = 4 * length * heads * (1 if gate == "scalar" else key)
+    once, entering, bonus = 4 * heads * state, 4 * heads * state * count, 4 * heads * key
+    o = 2 * length * heads * value
+    assert forward.bytes_accessed == marks + tokens + gates + bonus + 2 * once + entering + o
+    assert backward.bytes_accessed == (
+        marks + 2 * tokens + 2 * gates + 2 * bonus + 2 * once + entering + o
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "dtype", "key", "value", "message"),
+    [
+        ("scalar", "bfloat16", 1024, 512, r"4 heads of key dim 1024 and value dim 512: .* 262144"),
+        ("vector", "float32", 512, 512, r"4 heads of key dim 512 and value dim 512: .* 131072"),
+    ],
+)
+def test_states_too_large_for_the_tpu_kernel_are_named(gate, dtype, key, value, message):
+    arguments = draw_wide(gate, dtype, length=3, groups=4, heads=4, key=key, value=value)
+    with dispatch.interpreting(), pytest.raises(ValueError, match=message) as error:
+        gated_linear(**jax.tree.map(jnp.asarray, arguments), impl="pallas_tpu")
+    assert "\n" not in str(error.value) and "or use xla" in str(error.value)
+
+
+def test_heads_that_no_block_can_cut_are_named():
+    arguments = draw_wide("vector", "float32", length=3, groups=12, heads=12, key=12, value=12)
+    with dispatch.interpreting(), pytest.raises(ValueError, match="a block of 12 does not fit"):
+        gated_linear(**jax.tree.map(jnp.asarray, arguments), impl="pallas_tpu")
+
+
+def test_float64_on_a_tpu_is_named():
+    with jax.enable_x64(True):
+        tokens = [jnp.ones(shape) for shape in [(1, 3, 2, 8)] * 3 + [(1, 3, 2)]]
+        message = "does not cover float64; the nearest dtype is float32"
+        with pytest.raises(ValueError, match=message):
+            pallas_tpu.gated_linear(*tokens)
+    assert not pallas_tpu.uncovered("gated_linear", *(x.astype(jnp.float32) for x in tokens))
