@@ -87,7 +87,7 @@ def _list_at(before: Array, entry) -> Array:
 
 
 def _visit_keys(before: Int[Array, "J N"], *, steps: int, each: int) -> tuple[Array, Array]:
-    """(owner (S,), member (S x each,)): as many steps for a block as the lists that name it need."""
+    """(owner (S,), member (S x each,)): a block has the steps that the lists naming it need."""
     needed = jnp.maximum(1, -(-before[:, -1] // each))
     ends = jnp.cumsum(needed, dtype=jnp.int32)
     step = np.arange(steps, dtype=np.int32)
@@ -100,7 +100,7 @@ def _visit_keys(before: Int[Array, "J N"], *, steps: int, each: int) -> tuple[Ar
 
 def tile(
     chosen: LISTS, heads: int, rows: int, span: int, blocks: int
-) -> tuple[LISTS, Array | np.ndarray]:
+) -> tuple[Int[Array | np.ndarray, "C L tiles spans"], Array | np.ndarray]:
     """(lists of spans that `rows` query blocks name together, their bits): coarser lists.
 
     A tile is `rows` consecutive lists of one head (axis 2 holds `heads` heads), a span `span` key
