@@ -93,3 +93,19 @@ def _size(batch, length, heads, key, gate, groups=0, packed=False) -> dict:
     if packed:
         found["segments"] = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return found
+
+
+def sizes_dplr() -> dict[str, dict]:
+    """Model sizes of `dplr`, as `sizes` gives those of the delta rule."""
+
+    def size(batch, length, heads, key, packed=False):
+        found = _size(batch, length, heads, key, "vector", packed=packed)
+        found.pop("beta")
+        return found | {"a": found["q"], "b": found["q"]}
+
+    return {
+        "T4096 K64": size(8, 4096, 16, 64),
+        "T4096 K128, packed": size(8, 4096, 16, 128, packed=True),
+        "T4096 K256": size(8, 4096, 8, 256),
+        "T32768 K64": size(1, 32768, 16, 64),
+    }

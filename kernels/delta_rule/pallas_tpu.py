@@ -28,12 +28,12 @@ from jaxtyping import Array, Float, Int
 from kernels import chunks, dispatch, tpu
 from kernels.delta_rule import tile, tile_low_rank
 
-LONGEST, SHORTEST = 64, 8  # of a chunk
+LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that `tile` takes
 LANE = 128
 # Lanes of a program's heads: enough work to hide the fixed cost of a step, few enough for VMEM,
 # where the backward pass of vector gates keeps every level of the halving.
 SCALAR_LANES, VECTOR_LANES = 512, 256
-STATE_BYTES = 4 << 20  # of a program's states: what the blocks and products in VMEM grow with
+WIDEST = 256  # key or value; wider ones were never compiled
 
 
 class Plan(NamedTuple):
@@ -51,14 +51,16 @@ class Plan(NamedTuple):
     narrow: bool  # products as `tile.product` says
 
 
-def uncovered(function: str, q, k, v, *_, **__) -> str:
-    """Why a call cannot run here; "" if it can."""
+def uncovered(function: str, q, k, v, *gates, **_) -> str:
+    """Why a call cannot run here; "" if it can. The last of `gates` is log_decay."""
     if jnp.float64 in (q.dtype, v.dtype) and dispatch.interpreter() is None:
-        return "float64 inputs"
-    heads, key, value = v.shape[2] // q.shape[2], q.shape[3], v.shape[3]
-    if heads * key * value * 4 > STATE_BYTES:
-        return f"states of {heads} x {key} x {value}, more than {STATE_BYTES >> 20} MiB a key head"
-    return ""
+        return "float64 inputs, only float32 and bfloat16"
+    heads, widest = v.shape[2] // q.shape[2], max(q.shape[3], v.shape[3])
+    if widest > WIDEST:
+        return f"keys or values of {widest}, at most {WIDEST}"
+    vector = gates[-1] is not None and gates[-1].ndim == 4
+    most = (VECTOR_LANES if vector else SCALAR_LANES) // _whole_lanes(widest)
+    return f"{heads} heads a key of {widest}, at most {most}" if heads > most else ""
 
 
 def delta_rule(
@@ -73,7 +75,7 @@ def delta_rule(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The operation of `kernels.delta_rule` on TPUs, split over a mesh by rows and heads."""
-    _check("delta_rule", q, k, v)
+    _check("delta_rule", q, k, v, beta, log_decay)
     vector = log_decay is not None and log_decay.ndim == 4
     arrays = dict(q=q, k=k, v=v, beta=beta, log_decay=log_decay)
     dims = dict(
@@ -99,14 +101,14 @@ def dplr(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The operation of `kernels.delta_rule.dplr` on TPUs, split over a mesh by rows and heads."""
-    _check("dplr", q, k, v)
+    _check("dplr", q, k, v, a, b, log_decay)
     arrays = dict(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay)
     dims = {name: "b t h k" for name in arrays} | {"v": "b t h v"}
     return _over_mesh(_dplr, arrays, dims, segments, initial_state, scale)
 
 
-def _check(function: str, q, k, v) -> None:
-    if reason := uncovered(function, q, k, v):
+def _check(function: str, *arrays) -> None:
+    if reason := uncovered(function, *arrays):
         raise ValueError(f"pallas_tpu of {function} does not take {reason}; use impl='xla'.")
 
 
@@ -138,7 +140,7 @@ def _delta_rule(q, k, v, beta, initial_state, *, log_decay=None, segments=None, 
         kinds=kinds,
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
-        groups=_groups_taken(groups, heads * max(q.shape[3], v.shape[3]), wanted),
+        groups=_groups_taken(groups, heads * _whole_lanes(max(q.shape[3], v.shape[3])), wanted),
         heads=heads,
         scale=scale,
         narrow=all(x.dtype == jnp.bfloat16 for x in (q, k, v)),
@@ -155,7 +157,7 @@ def _dplr(q, k, v, a, b, log_decay, initial_state, *, segments=None, scale):
         kinds=("key", "key", "value", "key", "key", "key"),
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
-        groups=_groups_taken(q.shape[2], max(q.shape[3], v.shape[3]), VECTOR_LANES),
+        groups=_groups_taken(q.shape[2], _whole_lanes(max(q.shape[3], v.shape[3])), VECTOR_LANES),
         heads=1,
         scale=scale,
         narrow=all(x.dtype == jnp.bfloat16 for x in (q, k, v, a, b)),
@@ -164,24 +166,27 @@ def _dplr(q, k, v, a, b, log_decay, initial_state, *, segments=None, scale):
 
 
 def _chunk_length(length: int) -> int:
-    """At least two chunks from 9 tokens on; the shortest fills a tile of float32."""
+    """At least two chunks from 17 tokens on."""
     return max(SHORTEST, min(LONGEST, chunks.length_for(length, 2 * LONGEST) // 2))
 
 
 def _groups_taken(groups: int, lanes: int, wanted: int) -> int:
     """Groups of a program: the most that the wanted lanes hold, at least one."""
-    most = wanted // (-(-lanes // LANE) * LANE)
-    return max((n for n in range(1, most + 1) if groups % n == 0), default=1)
+    return max((n for n in range(1, wanted // lanes + 1) if groups % n == 0), default=1)
+
+
+def _whole_lanes(width: int) -> int:
+    """The lanes that a row of this width takes in VMEM."""
+    return -(-width // LANE) * LANE
 
 
 def _laid_out(plan: Plan, inputs: tuple, segments, initial_state):
     """Arrays as the kernels read them, and the results as the caller does."""
-    wide, length = initial_state.dtype, inputs[0].shape[1]
+    wide, length = tile.wide_of(inputs[2]), inputs[0].shape[1]
     by_kind = [
         _as_rows(plan, x.astype(wide)) if kind == "row" else _by_head(plan, x)
         for x, kind in zip(inputs, plan.kinds, strict=True)
     ]
-    wide = jnp.promote_types(initial_state.dtype, tile.wide_of(inputs[2]))
     out, state = _run(plan, tuple(by_kind), _codes(plan, segments), initial_state.astype(wide))
     return jnp.swapaxes(out, 1, 2)[:, :length], state
 
@@ -290,6 +295,7 @@ def _specs(plan: Plan, inputs, state, at: Callable) -> dict[str, pl.BlockSpec]:
 
     row = (None, heads, None, 1, plan.chunk)
     codes = (None, None, 4, 1, plan.chunk)
+    states = (None, None, heads, key, value)
     return {
         "key": by_head(plan.groups, key),
         "value": by_head(heads, value),
@@ -297,7 +303,7 @@ def _specs(plan: Plan, inputs, state, at: Callable) -> dict[str, pl.BlockSpec]:
         "row": pl.BlockSpec(row, lambda b, j, n: (b, j, at(n), 0, 0)),
         "codes": pl.BlockSpec(codes, lambda b, j, n: (b, at(n), 0, 0, 0)),
         "state": pl.BlockSpec((None, heads, key, value), lambda b, j, n: (b, j, 0, 0)),
-        "states": pl.BlockSpec((None, None, heads, key, value), lambda b, j, n: (b, at(n), j, 0, 0)),
+        "states": pl.BlockSpec(states, lambda b, j, n: (b, at(n), j, 0, 0)),
     }
 
 

@@ -353,7 +353,7 @@ def halving(narrow, readers: list, writers: list, e_RCK):
     Returns the scores [x][y], readers decayed from the chunk's start, writers decayed to its end,
     the chunk's decay as (R, C, K) with equal rows, and what the backward pass needs.
     """
-    chunk = e_RCK.shape[1]
+    chunk, count = e_RCK.shape[1], len(readers)
     scores, readers, writers, keep_RCK, base = first_blocks(readers, writers, e_RCK)
     block, levels = FIRST, []
     while block < chunk:
@@ -362,12 +362,12 @@ def halving(narrow, readers: list, writers: list, e_RCK):
             late, jnp.roll(keep_RCK, block, axis=1), jnp.roll(keep_RCK, -block, axis=1)
         )
         levels.append(Level(block, readers, writers, other_RCK))
-        reaches_1CS = _reaches(chunk, block)
-        stacked = jnp.concatenate([_later(x, block) for x in readers], axis=1)
+        stacked = jnp.concatenate([later_rows(x, block) for x in readers], axis=1)
         for j, y in enumerate(writers):
-            found = jnp.split(product(stacked, y, NT, narrow), len(readers), axis=1)
-            for i, cross in enumerate(found):
-                scores[i][j] = jnp.where(reaches_1CS, _put_later(cross, block, chunk), scores[i][j])
+            found = product(stacked, earlier(y, block, 1), NT, narrow)
+            for i, cross in enumerate(jnp.split(found, count, axis=1)):
+                cross = put_earlier(jnp.where(_partners(cross, block), cross, 0), block, 2)
+                scores[i][j] += put_later_rows(cross, block)
         readers = [jnp.where(late, x * other_RCK, x) for x in readers]
         writers = [jnp.where(late, y, y * other_RCK) for y in writers]
         keep_RCK = keep_RCK * other_RCK
@@ -379,18 +379,18 @@ def halving_backward(narrow, dscores: list, dreaders: list, dwriters: list, rest
     """Gradients of the readers and writers, given those of `halving`'s first three results."""
     base, levels = rest
     for block, readers, writers, other_RCK in reversed(levels):
-        chunk = other_RCK.shape[1]
-        late, reaches_1CS = _late(other_RCK, block), _reaches(chunk, block)
+        late = _late(other_RCK, block)
         dreaders = [jnp.where(late, d * other_RCK, d) for d in dreaders]
         dwriters = [jnp.where(late, d, d * other_RCK) for d in dwriters]
-        stacked = jnp.concatenate([_later(x, block) for x in readers], axis=1)
+        stacked = jnp.concatenate([later_rows(x, block) for x in readers], axis=1)
         for j, writer in enumerate(writers):
-            here = [_later(jnp.where(reaches_1CS, d[j], 0), block) for d in dscores]
+            here = [earlier(later_rows(d[j], block), block, 2) for d in dscores]
+            here = [jnp.where(_partners(d, block), d, 0) for d in here]
             here = jnp.concatenate(here, axis=1)
-            moved = jnp.split(product(here, writer, NN, narrow), len(readers), axis=1)
-            moved = [_put_later(part, block, chunk) for part in moved]
-            dreaders = [d + part for d, part in zip(dreaders, moved, strict=True)]
-            dwriters[j] += product(here, stacked, TN, narrow)
+            moved = product(here, earlier(writer, block, 1), NN, narrow)
+            moved = jnp.split(moved, len(readers), axis=1)
+            dreaders = [d + put_later_rows(m, block) for d, m in zip(dreaders, moved, strict=True)]
+            dwriters[j] += put_earlier(product(here, stacked, TN, narrow), block, 1)
     return first_blocks_backward(dscores, dreaders, dwriters, base)
 
 
@@ -400,27 +400,59 @@ def _late(like_RCK, block: int):
     return row & block != 0
 
 
-def _reaches(chunk: int, block: int):
-    """Booleans (1, C, S): C in the later block of a pair, S in the earlier."""
-    row, column = positions(chunk, chunk)
-    return (row ^ column < 2 * block) & (row & block != 0) & (column & block == 0)
-
-
-def _later(x_RCx, block: int):
-    """The rows of all later blocks; all rows where a block is no whole tile of a core's rows."""
+def _partners(cross_RCS, block: int):
+    """Booleans: a row of `later_rows` and a column of `earlier` belong to the same pair."""
+    row, column = positions(*cross_RCS.shape[1:])
     if block < TILE:
-        return x_RCx
-    starts = range(block, x_RCx.shape[1], 2 * block)
-    return jnp.concatenate([x_RCx[:, n : n + block] for n in starts], axis=1)
+        return (row // block == column // (2 * block)) & (column & block == 0)
+    return row // block == column // block
 
 
-def _put_later(x_RCx, block: int, chunk: int):
-    """The inverse of `_later`, with zeros in the earlier blocks."""
+def later_rows(x_RCx, block: int):
+    """The rows of all later blocks; half tiles are moved together in pairs."""
+    chunk = x_RCx.shape[1]
+    if block >= TILE:
+        starts = range(block, chunk, 2 * block)
+        return jnp.concatenate([x_RCx[:, n : n + block] for n in starts], axis=1)
+    up_RCx = jnp.roll(x_RCx, -block, axis=1)
+    second = _late(x_RCx[:, :TILE], block)
+    pairs = (
+        jnp.where(second, x_RCx[:, n + TILE : n + 2 * TILE], up_RCx[:, n : n + TILE])
+        for n in range(0, chunk, 2 * TILE)
+    )
+    return jnp.concatenate(list(pairs), axis=1)
+
+
+def put_later_rows(x_RCx, block: int):
+    """The inverse of `later_rows`, with zeros in the earlier blocks."""
+    length = x_RCx.shape[1]
+    if block >= TILE:
+        parts = [x_RCx[:, n : n + block] for n in range(0, length, block)]
+        nothing = jnp.zeros_like(parts[0])
+        return jnp.concatenate([x for part in parts for x in (nothing, part)], axis=1)
+    down_RCx = jnp.roll(x_RCx, block, axis=1)
+    second = _late(x_RCx[:, :TILE], block)
+    tiles = [x[:, n : n + TILE] for n in range(0, length, TILE) for x in (down_RCx, x_RCx)]
+    return jnp.concatenate([jnp.where(second, tile, 0) for tile in tiles], axis=1)
+
+
+def earlier(x_Rxx, block: int, axis: int):
+    """The earlier blocks along an axis; the whole axis where a block is no whole tile."""
     if block < TILE:
-        return x_RCx
-    parts = [x_RCx[:, n : n + block] for n in range(0, chunk // 2, block)]
+        return x_Rxx
+    starts = range(0, x_Rxx.shape[axis], 2 * block)
+    parts = [jax.lax.slice_in_dim(x_Rxx, n, n + block, axis=axis) for n in starts]
+    return jnp.concatenate(parts, axis=axis)
+
+
+def put_earlier(x_Rxx, block: int, axis: int):
+    """The inverse of `earlier`, with zeros in the later blocks."""
+    if block < TILE:
+        return x_Rxx
+    starts = range(0, x_Rxx.shape[axis], block)
+    parts = [jax.lax.slice_in_dim(x_Rxx, n, n + block, axis=axis) for n in starts]
     nothing = jnp.zeros_like(parts[0])
-    return jnp.concatenate([both for part in parts for both in (nothing, part)], axis=1)
+    return jnp.concatenate([x for part in parts for x in (part, nothing)], axis=axis)
 
 
 def suffix_sums(x_RCK):

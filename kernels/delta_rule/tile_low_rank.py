@@ -39,9 +39,9 @@ class Pieces(NamedTuple):
 
 def _pieces(scale, narrow, s_RKV, inputs: list, marks: Marks) -> Pieces:
     wide, chunk = s_RKV.dtype, inputs[0].shape[1]
-    q_RCK, k_RCK, v_RCV, a_RCK, b_RCK, g_RCK = inputs
-    q_RCK, k_RCK, a_RCK, b_RCK = (x.astype(wide) for x in (scale * q_RCK.astype(wide), k_RCK, a_RCK, b_RCK))
-    e_RCK = jnp.exp(only(marks.real_1C1, g_RCK.astype(wide)))
+    v_RCV = inputs[2]
+    q_RCK, k_RCK, _, a_RCK, b_RCK, g_RCK = (x.astype(wide) for x in inputs)
+    q_RCK, e_RCK = scale * q_RCK, jnp.exp(only(marks.real_1C1, g_RCK))
     scores, (q_read_RCK, a_read_RCK), (k_write_RCK, b_write_RCK), keep_RCK, rest = tile.halving(
         narrow, [q_RCK * e_RCK, a_RCK], [k_RCK, b_RCK], e_RCK
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import dispatch
 from kernels.delta_rule import delta_rule, dplr
 from tests.tolerance import assert_close
 
@@ -313,3 +314,20 @@ def test_dplr_gates_are_floating():
 def test_dplr_segments_fit():
     with pytest.raises(ValueError, match=r"segments has shape \(2, 69\) .* \(2, 70\)"):
         call_dplr(draw_dplr(), segments=jnp.ones((B, T - 1), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "gate", "message"),
+    [
+        (1, 264, "none", "does not take keys or values of 264, at most 256; use impl='xla'"),
+        (5, 128, "scalar", "does not take 5 heads a key of 128, at most 4; use impl='xla'"),
+        (3, 128, "vector", "does not take 3 heads a key of 128, at most 2; use impl='xla'"),
+    ],
+)
+def test_the_tpu_kernel_says_what_it_does_not_take(heads, dim, gate, message):
+    key, shape = jnp.zeros((1, 2, 1, dim)), (1, 2, heads)
+    gates = {"none": None, "scalar": jnp.zeros(shape), "vector": jnp.zeros((*shape, dim))}[gate]
+    value, beta = jnp.zeros((*shape, dim)), jnp.zeros(shape)
+    with dispatch.interpreting(), pytest.raises(ValueError, match=message) as caught:
+        delta_rule(key, key, value, beta, gates, impl="pallas_tpu")
+    assert "\n" not in str(caught.value)
