@@ -182,8 +182,8 @@ def main() -> None:
                 lines.setdefault(generation, []).append(line)
                 if not line["compiled"]:
                     print(f"{name}, {label}, {generation}: {line['error']}", flush=True)
+            print(f"{name}, {label}: {time.perf_counter() - begin:.0f} s", flush=True)
         write(name, lines)
-        print(f"{name}: {len(sizes)} sizes, {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def write(name: str, lines: dict[str, list]) -> None:

@@ -65,6 +65,10 @@ def attention(
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """The operation of `kernels.attention` on TPUs, split over a mesh by rows and heads."""
+    if reason := uncovered("attention", q, k, v):
+        raise ValueError(
+            f"attention as pallas_tpu is given {reason}; it takes float32, bfloat16 (or use xla)."
+        )
     arguments = dict(q=q, k=k, v=v, segments=segments, sinks=sinks, log_forget=log_forget)
     dims = dict(
         q="b t h k",
@@ -90,13 +94,14 @@ def uncovered(function: str, q, k, v, **_) -> str:
 class Room(NamedTuple):
     """What a program may take of the VMEM of the generation at hand."""
 
+    block: int  # tokens
     lanes: int  # of its heads, if so few can be cut out
     open_bytes: int  # for the gradients of queries that are not done
 
 
 def room() -> Room:
     """A fraction of the 16 MiB of a v4, of the 64 MiB and more of the others."""
-    return Room(256, 4 << 20) if dispatch.target() == "v4" else Room(512, 32 << 20)
+    return Room(256, 256, 4 << 20) if dispatch.target() == "v4" else Room(512, 512, 32 << 20)
 
 
 class Form(NamedTuple):
@@ -112,7 +117,7 @@ class Form(NamedTuple):
         """Whose key and value head h reads, among the program's groups."""
         if isinstance(h, int):
             return h * self.groups // self.heads
-        return jax.lax.div(h * self.groups, self.heads)
+        return jax.lax.div(h * np.int32(self.groups), np.int32(self.heads))
 
 
 class Laid(NamedTuple):
@@ -131,7 +136,9 @@ def _on_device(*, q, k, v, segments=None, sinks=None, log_forget=None, rule: Rul
     (batch, length, heads, key), (groups, value) = q.shape, v.shape[2:]
     common = jnp.result_type(q, k, v)
     wide = jnp.promote_types(common, jnp.float32)
-    form = choose_form(groups, heads, key, value, block_length(length, rule.window))
+    form = choose_form(
+        groups, heads, key, value, min(block_length(length, rule.window), room().block)
+    )
     flat = [x.astype(common).reshape(batch, length, -1) for x in (q, k, v)]
     sums = None
     if log_forget is not None:
@@ -513,7 +520,7 @@ def _backward_call(form, rule, laid, given, first, count):
 def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
     """One pair of blocks into the gradients of its keys and of its queries."""
     unit = _unit(rule, refs)
-    slot = jax.lax.rem(i - first, refs.open_dq.shape[0])
+    slot = jax.lax.rem(i - first, np.int32(refs.open_dq.shape[0]))
 
     @pl.when(marks & FIRST != 0)
     def _():
@@ -605,7 +612,7 @@ def _seen(form: Form, rule: Rule, refs, i, j) -> jax.Array:
 
 
 def _unit(rule: Rule, refs) -> float:
-    """What `_scorer`'s scores still have to be multiplied by."""
+    """What the scores of `_scores` still have to be multiplied by."""
     return rule.scale if not rule.softcap and refs.q_sums is None else 1.0
 
 
@@ -631,23 +638,31 @@ def _scores(form: Form, rule: Rule, refs, h) -> tuple[jax.Array, jax.Array]:
 def _each_head(form: Form, visit: Callable) -> None:
     """`visit` every head: in a loop where lanes can be cut out by a number known at run time."""
     parts = ((n, dim) for n in (form.heads, form.groups) for dim in (form.key, form.value))
-    if form.heads > 1 and all(
-        n == 1 or dim % LANE == 0 or (LANE % dim == 0 and n * dim % LANE == 0) for n, dim in parts
-    ):
-        jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h), None)
+    if form.heads > 1 and all(_tile(n * dim, dim) for n, dim in parts):
+        jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
     else:
         for h in range(form.heads):
             visit(h)
 
 
+def _tile(lanes: int, width: int) -> int:
+    """How many of all lanes to read at once for one part of them; 0 if parts straddle tiles."""
+    if width % LANE == 0:
+        return width
+    tile = min(lanes, LANE)
+    return tile if tile % width == 0 and lanes % tile == 0 else 0
+
+
 def _lanes_of(ref, n, width: int) -> jax.Array:
     """Part n of the lanes, each `width` wide; only whole tiles can be cut out at run time."""
-    if isinstance(n, int) or ref.shape[1] == width:
-        return ref[:, _lanes(n, width) if isinstance(n, int) else slice(None)]
-    if width % LANE == 0:
-        return ref[:, pl.ds(pl.multiple_of(n * width, LANE), width)]
-    each = LANE // width
-    tile = ref[:, pl.ds(pl.multiple_of(jax.lax.div(n, each) * LANE, LANE), LANE)]
+    if isinstance(n, int):
+        return ref[:, _lanes(n, width)]
+    size = _tile(ref.shape[1], width)
+    each = np.int32(size // width)
+    if size == ref.shape[1]:
+        tile = ref[...]
+    else:
+        tile = ref[:, pl.ds(pl.multiple_of(jax.lax.div(n, each) * size, LANE), size)]
     found = tile[:, :width]
     for m in range(1, each):
         found = jnp.where(jax.lax.rem(n, each) == m, tile[:, _lanes(m, width)], found)

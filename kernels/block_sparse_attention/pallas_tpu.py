@@ -21,7 +21,7 @@ Queries of the heads that share a list are the rows of one product. XLA lays the
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import tpu
-from kernels.block_sparse_attention import lists, visits
+from kernels.block_sparse_attention import bodies, lists, visits
+from kernels.block_sparse_attention.bodies import Plan, Walk
 
 LEAST_QUERIES, LEAST_KEYS = 16, 8  # of blocks that are taken singly
 ROWS, COLUMNS = 512, 512  # scores of one step, about
@@ -41,65 +42,7 @@ LONG = 32768  # tokens, above which spans are twice as wide: half the steps
 MOST_BLOCKS = 8  # copied in one step
 MOST_ENTRIES = 256  # of a list whose bits are taken
 SCALAR_BYTES = 768 << 10  # of lists, of a TPU's 1 MiB of scalar memory
-FAR = 1 << 30  # the position of a key that is not there
 QUERY_PADDING, KEY_PADDING = -1, -2  # documents that equal no other
-
-
-class Plan(NamedTuple):
-    """What is fixed at compile time."""
-
-    length: int
-    queries: int  # of a query block, of each head
-    keys: int  # of a key block
-    lists: int  # per key head
-    heads: int  # that share a list
-    causal: bool
-    window: int
-    scale: float
-    fine: int  # keys that one bit stands for; 0 without bits
-    packed: bool
-
-    @property
-    def rows(self) -> int:
-        """Queries of all heads that share a list."""
-        return self.heads * self.queries
-
-    @property
-    def count(self) -> int:
-        """Query blocks of a row."""
-        return math.ceil(self.length / self.queries)
-
-    @property
-    def words(self) -> int:
-        """Words of bits of a key block."""
-        return math.ceil(self.keys // self.fine / visits.WORD) if self.fine else 0
-
-
-class Walk(NamedTuple):
-    """One pass: its steps, and over which axes (row, key head) its scalars differ."""
-
-    steps: int
-    each: int
-    owners: tuple[int, int]
-    members: tuple[int, int]
-
-    def owner(self, owner, b, g, s):
-        """The block whose results step s of row b and key head g adds to."""
-        return owner[_unit(self.owners, b, g) * self.steps + s]
-
-    def member(self, member, b, g, s, e):
-        """The e-th block that the step visits, -1 for none."""
-        return member[(_unit(self.members, b, g) * self.steps + s) * self.each + e]
-
-    def visited(self, member, b, g, s, e):
-        """The same for index maps: 0 for none. Plain arithmetic, which NumPy and JAX share."""
-        found = self.member(member, b, g, s, e)
-        return found * (found >= 0)
-
-
-def _unit(axes: tuple[int, int], b, g):
-    rows, heads = axes
-    return (b if rows > 1 else 0) * heads + (g if heads > 1 else 0)
 
 
 def uncovered(
@@ -114,7 +57,7 @@ def uncovered(
             f"{entries} entries a list for {query_block} queries; the most are {MOST_ENTRIES} "
             f"for less than {LEAST_QUERIES} queries or blocks of less than {LEAST_KEYS} keys"
         )
-    if plan.keys < LEAST_KEYS:
+    if single and plan.keys < LEAST_KEYS:
         return f"block {block} has no divisor from {LEAST_KEYS} to {COLUMNS}"
     prepare = functools.partial(_visits, plan, single, block, query_block)
     found = (
@@ -283,10 +226,10 @@ def _in_pieces(run, steps: int, given: dict):
 
     def split(name, x):
         """(rows x heads, 1, ...), or as it is if it is the same for all."""
-        if x is None or x.shape[:2] == (1, 1):
-            return x
         if name.endswith("_doc"):
             return jnp.repeat(x, heads, axis=0)
+        if x is None or x.shape[:2] == (1, 1):
+            return x
         return jnp.broadcast_to(x, (rows, heads, *x.shape[2:])).reshape(-1, 1, *x.shape[2:])
 
     given = {name: split(name, x) for name, x in given.items()}
@@ -313,88 +256,81 @@ def _attend(plan, steps, given):
 
 def _forward(plan, steps, given):
     q_BGNRK, v_BGJCV = given["q"], given["v"]
-    wide = _wide(q_BGNRK)
-    walk, scalars = _walk_down(steps, given)
-    names, specs = _inputs_down(plan, walk, given, ("q", "k", "v"))
-    value = v_BGJCV.shape[4]
-    shape = q_BGNRK.shape[:3]
+    wide, value = bodies.wide(q_BGNRK), v_BGJCV.shape[4]
     types = [
         jax.ShapeDtypeStruct((*q_BGNRK.shape[:4], value), v_BGJCV.dtype),
-        jax.ShapeDtypeStruct((*shape, 2, plan.rows), wide),
+        jax.ShapeDtypeStruct((*q_BGNRK.shape[:3], 2, plan.rows), wide),
     ]
-    out, top_and_sum = tpu.call(
-        functools.partial(_forward_body, plan, walk),
-        *names,
-        grid=(*shape[:2], walk.steps),
-        ins=specs,
-        outs=[_own(walk, x.shape) for x in types],
-        out_types=types,
-        semantics="ppa",
-        scratch=[pltpu.VMEM((plan.rows, n), wide) for n in (1, 1, value)],
-        lists=scalars,
-        name="block_sparse_attention_forward",
-    )
+    walk, scalars = _walk_down(steps, given)
+    blocks = _blocks_down(plan, walk, given, ("q",))
+    scratch = [(plan.rows, n) for n in (1, 1, value)]
+    out, top_and_sum = _launch(bodies.forward_body, plan, walk, scalars, blocks, types, scratch)
     return out, (given, out, top_and_sum)
 
 
 def _backward(plan, steps, saved, d_out):
     given, out, top_and_sum = saved
+    slopes = {name: None for name in given}
+    q_BGNRK, k_BGJCK, v_BGJCV = (given[name] for name in ("q", "k", "v"))
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BGNRK, k_BGJCK, v_BGJCV)]
     wide = top_and_sum.dtype
     delta_BGNR = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
     given = given | {"do": d_out, "stats": top_and_sum, "delta": delta_BGNR[:, :, :, None]}
-    dq = _gradient_of_q(plan, steps, given)
-    dk, dv = _gradients_of_kv(plan, given)
-    slopes = {name: None for name in saved[0]}
+
+    walk, scalars = _walk_down(steps, given)
+    blocks = _blocks_down(plan, walk, given, ("q", "do", "stats", "delta"))
+    scratch = [(plan.rows, q_BGNRK.shape[4])]
+    (dq,) = _launch(bodies.dq_body, plan, walk, scalars, blocks, like[:1], scratch)
+
+    walk, scalars = _walk_across(given)
+    blocks = _blocks_across(plan, walk, given)
+    scratch = [x.shape[3:] for x in like[1:]]
+    dk, dv = _launch(bodies.dkv_body, plan, walk, scalars, blocks, like[1:], scratch)
     return (slopes | {"q": dq, "k": dk, "v": dv},)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _gradient_of_q(plan, steps, given):
-    q_BGNRK = given["q"]
-    walk, scalars = _walk_down(steps, given)
-    arrays, specs = _inputs_down(plan, walk, given, ("q", "do", "stats", "delta", "k", "v"))
-    (dq,) = tpu.call(
-        functools.partial(_dq_body, plan, walk),
-        *arrays,
-        grid=(*q_BGNRK.shape[:2], walk.steps),
-        ins=specs,
-        outs=[_own(walk, q_BGNRK.shape)],
-        out_types=[jax.ShapeDtypeStruct(q_BGNRK.shape, q_BGNRK.dtype)],
-        semantics="ppa",
-        scratch=[pltpu.VMEM((plan.rows, q_BGNRK.shape[4]), _wide(q_BGNRK))],
-        lists=scalars,
-        name="block_sparse_attention_dq",
-    )
-    return dq
-
-
-def _gradients_of_kv(plan, given):
-    k_BGJCK, v_BGJCV, owner, across = (given[n] for n in ("k", "v", "owner", "across"))
-    steps = owner.shape[2]
-    walk = Walk(steps, across.shape[2] // steps, owner.shape[:2], across.shape[:2])
-    arrays, specs = _inputs_across(plan, walk, given)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BGJCK, v_BGJCV)]
-    return tpu.call(
-        functools.partial(_dkv_body, plan, walk),
-        *arrays,
-        grid=(*k_BGJCK.shape[:2], steps),
-        ins=specs,
-        outs=[_own(walk, x.shape) for x in like],
-        out_types=like,
-        semantics="ppa",
-        scratch=[pltpu.VMEM(x.shape[3:], _wide(x)) for x in like],
-        lists=(owner.reshape(-1), across.reshape(-1)),
-        name="block_sparse_attention_dkv",
-    )
-
-
 def _walk_down(steps: tuple[int, ...], given) -> tuple[Walk, tuple]:
-    owner = np.repeat(np.arange(len(steps), dtype=np.int32), steps)
-    member = given["down"]
+    owner, member = np.repeat(np.arange(len(steps), dtype=np.int32), steps), given["down"]
     walk = Walk(len(owner), member.shape[2] // len(owner), (1, 1), member.shape[:2])
     return walk, (owner, member.reshape(-1))
+
+
+def _walk_across(given) -> tuple[Walk, tuple]:
+    owner, member = given["owner"], given["across"]
+    steps = owner.shape[2]
+    walk = Walk(steps, member.shape[2] // steps, owner.shape[:2], member.shape[:2])
+    return walk, (owner.reshape(-1), member.reshape(-1))
+
+
+class _Block(NamedTuple):
+    """An array of a launch: its block, and whether that is the owner's (else a member's)."""
+
+    array: Array
+    spec: pl.BlockSpec
+    is_own: bool
+
+
+def _launch(body, plan: Plan, walk: Walk, scalars, blocks: list[_Block], types, scratch):
+    """One pass. An owner's block is copied once, a member's at every step."""
+    rows, heads, owners = types[0].shape[:3]
+    steps = rows * heads * walk.steps
+    copies = [rows * heads * owners if one.is_own else steps for one in blocks]
+    return tpu.call(
+        functools.partial(body, plan, walk),
+        *(one.array for one in blocks),
+        grid=(rows, heads, walk.steps),
+        ins=[one.spec for one in blocks],
+        outs=[_own(walk, x.shape) for x in types],
+        out_types=types,
+        semantics="ppa",
+        scratch=[pltpu.VMEM(shape, bodies.wide(types[0])) for shape in scratch],
+        lists=scalars,
+        copies=copies + [rows * heads * owners] * len(types),
+        name=f"block_sparse_attention_{body.__name__.removesuffix('_body')}",
+    )
 
 
 def _own(walk: Walk, shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -417,290 +353,55 @@ def _visited(walk: Walk, shape: tuple[int, ...]) -> list[pl.BlockSpec]:
     return [spec(e) for e in range(walk.each)]
 
 
-def _inputs_down(plan: Plan, walk: Walk, given, names) -> tuple[list, list]:
-    """(arrays, blocks) with query blocks as owners, in the order in which `_Refs` takes them."""
-    arrays, specs = [], []
-    for name in names:
-        x, visited = given[name], name in ("k", "v")
-        found = _visited(walk, x.shape) if visited else [_own(walk, x.shape)]
-        arrays += [x] * len(found)
-        specs += found
+def _blocks_down(plan: Plan, walk: Walk, given, own: tuple[str, ...]) -> list[_Block]:
+    """What a pass with query blocks as owners reads, in the order in which its body takes it."""
+    found = [_Block(given[n], _own(walk, given[n].shape), True) for n in own]
+    for n in ("k", "v"):
+        found += [_Block(given[n], spec, False) for spec in _visited(walk, given[n].shape)]
     if plan.packed:
-        count = plan.count
-        own = lambda b, g, s, owner, member: (b, walk.owner(owner, b, g, s) % count, 0, 0)
-        arrays.append(given["q_doc"])
-        specs.append(pl.BlockSpec((None, None, 1, plan.queries), own))
-        arrays += [given["k_doc"]] * walk.each
-        specs += [_without_head(one) for one in _visited(walk, (0, 0, 0, 1, plan.keys))]
+        q_doc, k_doc = given["q_doc"], given["k_doc"]
+        own_doc = _without_head(_own(walk, (0, 0, 0, 1, plan.queries)), plan)
+        found.append(_Block(q_doc, own_doc, True))
+        specs = _visited(walk, (0, 0, 0, 1, plan.keys))
+        found += [_Block(k_doc, _without_head(spec), False) for spec in specs]
     if plan.fine:
-        arrays.append(given["bits"])
-        specs.append(
-            _bits(given["bits"], lambda b, g, s, owner, member: walk.owner(owner, b, g, s))
-        )
-    return arrays, specs
+        shape = given["bits"].shape
+        found.append(_Block(given["bits"], _where_it_differs(_own(walk, shape), shape), True))
+    return found
 
 
-def _inputs_across(plan: Plan, walk: Walk, given) -> tuple[list, list]:
-    """(arrays, blocks) with key blocks as owners."""
-    arrays, specs = [given["k"], given["v"]], [_own(walk, given[n].shape) for n in ("k", "v")]
-    for name in ("q", "do", "stats", "delta"):
-        arrays += [given[name]] * walk.each
-        specs += _visited(walk, given[name].shape)
+def _blocks_across(plan: Plan, walk: Walk, given) -> list[_Block]:
+    """The same with key blocks as owners."""
+    found = [_Block(given[n], _own(walk, given[n].shape), True) for n in ("k", "v")]
+    for n in ("q", "do", "stats", "delta"):
+        found += [_Block(given[n], spec, False) for spec in _visited(walk, given[n].shape)]
     if plan.packed:
-        own = _without_head(_own(walk, (0, 0, 0, 1, plan.keys)))
-        members = _visited(walk, (0, 0, 0, 1, plan.queries))
-        arrays += [given["k_doc"]] + [given["q_doc"]] * walk.each
-        specs += [own, *(_without_head(one, plan.count) for one in members)]
+        q_doc, k_doc = given["q_doc"], given["k_doc"]
+        found.append(_Block(k_doc, _without_head(_own(walk, (0, 0, 0, 1, plan.keys))), True))
+        specs = _visited(walk, (0, 0, 0, 1, plan.queries))
+        found += [_Block(q_doc, _without_head(spec, plan), False) for spec in specs]
     if plan.fine:
-        for e in range(walk.each):
-            arrays.append(given["bits"])
-            at = lambda b, g, s, owner, member, e=e: jnp.maximum(walk.member(member, b, g, s, e), 0)
-            specs.append(_bits(given["bits"], at))
-    return arrays, specs
+        shape = given["bits"].shape
+        specs = [_where_it_differs(spec, shape) for spec in _visited(walk, shape)]
+        found += [_Block(given["bits"], spec, False) for spec in specs]
+    return found
 
 
-def _without_head(spec: pl.BlockSpec, count: int = 0) -> pl.BlockSpec:
-    """The block of an array without key heads; modulo `count` blocks a list, if not 0."""
+def _without_head(spec: pl.BlockSpec, plan: Plan | None = None) -> pl.BlockSpec:
+    """The block of an array without key heads; of a row's query block where a plan is given."""
 
     def index(*at):
         b, _, n, *rest = spec.index_map(*at)
-        return b, (n % count if count else n), *rest
+        return b, (n % plan.count if plan else n), *rest
 
     return pl.BlockSpec(spec.block_shape[1:], index)
 
 
-def _bits(bits, at) -> pl.BlockSpec:
-    """All words of a query block."""
-    rows, heads = bits.shape[:2]
-    return pl.BlockSpec(
-        (None, None, None, *bits.shape[3:]),
-        lambda b, g, *rest: (
-            b if rows > 1 else 0,
-            g if heads > 1 else 0,
-            at(b, g, *rest),
-            0,
-            0,
-        ),
-    )
+def _where_it_differs(spec: pl.BlockSpec, shape: tuple[int, ...]) -> pl.BlockSpec:
+    """The block of an array whose rows or key heads may all be the same one."""
 
+    def index(*at):
+        b, g, *rest = spec.index_map(*at)
+        return (b if shape[0] > 1 else 0), (g if shape[1] > 1 else 0), *rest
 
-class _Step(NamedTuple):
-    """Where a body stands: its owner, its members (-1: none) and its place among the owner's."""
-
-    owner: Any
-    members: list
-    is_first: Any
-    is_last: Any
-
-    @property
-    def has_work(self):
-        return functools.reduce(jnp.maximum, self.members) >= 0
-
-
-def _step(walk: Walk, owner, member) -> _Step:
-    b, g, s = (pl.program_id(axis) for axis in range(3))
-    own = walk.owner(owner, b, g, s)
-    last = walk.steps - 1
-    return _Step(
-        own,
-        [walk.member(member, b, g, s, e) for e in range(walk.each)],
-        (s == 0) | (walk.owner(owner, b, g, jnp.maximum(s - 1, 0)) != own),
-        (s == last) | (walk.owner(owner, b, g, jnp.minimum(s + 1, last)) != own),
-    )
-
-
-def _forward_body(plan: Plan, walk: Walk, owner, member, *refs):
-    refs = list(refs)
-    *refs, out_ref, stats_ref, top_ref, sum_ref, o_ref = refs
-    step = _step(walk, owner, member)
-    q_ref, *refs = refs
-
-    @pl.when(step.is_first)
-    def _():
-        # The lowest finite number, not -inf: exp(-inf - -inf) is NaN in rows that see nothing.
-        top_ref[...] = jnp.full_like(top_ref, jnp.finfo(top_ref.dtype).min)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        o_ref[...] = jnp.zeros_like(o_ref)
-
-    @pl.when(step.has_work)
-    def _():
-        k_SK, v_SV = (_together(refs[n * walk.each :][: walk.each]) for n in (0, 1))
-        s_RS = _dot(q_ref[...], k_SK, 1, 1) + _hidden_down(plan, walk, step, refs[2 * walk.each :])
-        top_R1 = jnp.maximum(top_ref[...], jnp.max(s_RS, axis=1, keepdims=True))
-        # Scaled after the subtraction: the top key's power is then 1 to the last bit.
-        p_RS = jnp.exp(plan.scale * (s_RS - top_R1))
-        keep_R1 = jnp.exp(plan.scale * (top_ref[...] - top_R1))
-        sum_ref[...] = keep_R1 * sum_ref[...] + jnp.sum(p_RS, axis=1, keepdims=True)
-        o_ref[...] = keep_R1 * o_ref[...] + _dot(p_RS.astype(v_SV.dtype), v_SV, 1, 0)
-        top_ref[...] = top_R1
-
-    @pl.when(step.is_last)
-    def _():
-        sum_R1 = jnp.where(sum_ref[...] > 0, sum_ref[...], 1)
-        out_ref[...] = (o_ref[...] / sum_R1).astype(out_ref.dtype)
-        stats_ref[...] = _as_rows([top_ref[...], sum_R1])
-
-
-def _dq_body(plan: Plan, walk: Walk, owner, member, *refs):
-    *refs, dq_ref, scratch = refs
-    step = _step(walk, owner, member)
-    q_ref, do_ref, stats_ref, delta_ref, *refs = refs
-
-    @pl.when(step.is_first)
-    def _():
-        scratch[...] = jnp.zeros_like(scratch)
-
-    @pl.when(step.has_work)
-    def _():
-        k_SK, v_SV = (_together(refs[n * walk.each :][: walk.each]) for n in (0, 1))
-        top_R1, sum_R1 = _as_columns(stats_ref[...])
-        (delta_R1,) = _as_columns(delta_ref[...])
-        s_RS = _dot(q_ref[...], k_SK, 1, 1) + _hidden_down(plan, walk, step, refs[2 * walk.each :])
-        p_RS = jnp.exp(plan.scale * (s_RS - top_R1)) / sum_R1
-        dp_RS = _dot(do_ref[...], v_SV, 1, 1)
-        ds_RS = p_RS * (dp_RS - delta_R1) * _share(plan, sum_R1)
-        scratch[...] += _dot(ds_RS.astype(k_SK.dtype), k_SK, 1, 0)
-
-    @pl.when(step.is_last)
-    def _():
-        dq_ref[...] = scratch[...].astype(dq_ref.dtype)
-
-
-def _dkv_body(plan: Plan, walk: Walk, owner, member, *refs):
-    *refs, dk_ref, dv_ref, dk_scratch, dv_scratch = refs
-    step = _step(walk, owner, member)
-    k_ref, v_ref, *refs = refs
-
-    @pl.when(step.is_first)
-    def _():
-        dk_scratch[...] = jnp.zeros_like(dk_scratch)
-        dv_scratch[...] = jnp.zeros_like(dv_scratch)
-
-    @pl.when(step.has_work)
-    def _():
-        parts = [refs[n * walk.each :][: walk.each] for n in range(4)]
-        q_RK, do_RV = (_together(part) for part in parts[:2])
-        stats_2R, delta_1R = (_together(part, axis=1) for part in parts[2:])
-        top_1R, sum_1R = stats_2R[:1], stats_2R[1:]
-        s_SR = _dot(k_ref[...], q_RK, 1, 1) + _hidden_across(
-            plan, walk, step, refs[4 * walk.each :]
-        )
-        p_SR = jnp.exp(plan.scale * (s_SR - top_1R)) / sum_1R
-        dv_scratch[...] += _dot(p_SR.astype(do_RV.dtype), do_RV, 1, 0)
-        dp_SR = _dot(v_ref[...], do_RV, 1, 1)
-        ds_SR = p_SR * (dp_SR - delta_1R) * _share(plan, sum_1R)
-        dk_scratch[...] += _dot(ds_SR.astype(q_RK.dtype), q_RK, 1, 0)
-
-    @pl.when(step.is_last)
-    def _():
-        dk_ref[...] = dk_scratch[...].astype(dk_ref.dtype)
-        dv_ref[...] = dv_scratch[...].astype(dv_ref.dtype)
-
-
-def _share(plan: Plan, total):
-    """The scale; 0 where the softmax is 1 on one key to the last bit.
-
-    The gradient of such scores is the difference of two equal sums that were rounded apart.
-    """
-    return jnp.where(total == 1, 0, plan.scale).astype(total.dtype)
-
-
-def _hidden_down(plan: Plan, walk: Walk, step: _Step, refs):
-    """(R, S): 0 where a query sees a key, -inf elsewhere; queries of the owner down."""
-    refs, size = list(refs), (plan.queries, plan.keys)
-    q_doc = _as_columns(refs.pop(0)[...])[0] if plan.packed else None
-    k_docs = [refs.pop(0)[...] for _ in range(walk.each)] if plan.packed else [None] * walk.each
-    q_at = step.owner % plan.count * plan.queries + _iota(size, 0)
-    found = []
-    for m, k_doc in zip(step.members, k_docs, strict=True):
-        k_at = jnp.where(m < 0, FAR, m * plan.keys) + _iota(size, 1)
-        seen = _sees(plan, q_at, k_at, q_doc, k_doc)
-        if plan.fine:
-            words = _words(plan, refs[0], m)
-            columns = [_as_columns(word)[0] for word in words]
-            seen &= _has_bit(plan, columns, size, 1)
-        found.append(seen)
-    hidden = [jnp.where(seen, 0.0, -jnp.inf) for seen in found]
-    return jnp.concatenate([jnp.concatenate(hidden, axis=1)] * plan.heads, axis=0)
-
-
-def _hidden_across(plan: Plan, walk: Walk, step: _Step, refs):
-    """(S, R): the same with keys of the owner down and queries of the members across."""
-    refs, size = list(refs), (plan.keys, plan.queries)
-    k_doc = _as_columns(refs.pop(0)[...])[0] if plan.packed else None
-    q_docs = [refs.pop(0)[...] for _ in range(walk.each)] if plan.packed else [None] * walk.each
-    k_at = step.owner * plan.keys + _iota(size, 0)
-    found = []
-    for e, (m, q_doc) in enumerate(zip(step.members, q_docs, strict=True)):
-        q_at = m % plan.count * plan.queries + _iota(size, 1)
-        seen = _sees(plan, q_at, jnp.where(m < 0, FAR, k_at), q_doc, k_doc)
-        if plan.fine:
-            seen &= _has_bit(plan, _words(plan, refs[e], step.owner), size, 0)
-        found += [jnp.where(seen, 0.0, -jnp.inf)] * plan.heads
-    return jnp.concatenate(found, axis=1)
-
-
-def _sees(plan: Plan, q_at, k_at, q_doc, k_doc):
-    seen = k_at <= q_at if plan.causal else k_at < plan.length
-    if plan.window:
-        seen &= q_at - k_at < plan.window
-    if plan.packed:
-        seen &= q_doc == k_doc
-    return seen
-
-
-def _words(plan: Plan, bits_ref, block) -> list:
-    """The rows (1, X) of words that say which queries chose which parts of a key block."""
-    at = jnp.maximum(block, 0) * plan.words
-    return [bits_ref[pl.ds(at + w, 1), :] for w in range(plan.words)]
-
-
-def _has_bit(plan: Plan, words: list, size: tuple[int, int], axis: int):
-    """Whether the bit of each key's part is set, keys along `axis`."""
-    part = _iota(size, axis) // plan.fine
-    word = jnp.broadcast_to(words[0], size)
-    for w, other in enumerate(words[1:], 1):
-        word = jnp.where(part >= w * visits.WORD, jnp.broadcast_to(other, size), word)
-    return jax.lax.shift_right_logical(word, part % visits.WORD) & 1 == 1
-
-
-def _together(refs, axis: int = 0):
-    blocks = [ref[...] for ref in refs]
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=axis)
-
-
-def _as_columns(x_NR) -> list:
-    """Each row (1, R) of a few as a column (R, 1)."""
-    count, size = x_NR.shape
-    rows = jnp.concatenate([x_NR, jnp.zeros((8 - count, size), x_NR.dtype)], axis=0)
-    columns = rows.T
-    return [columns[:, n : n + 1] for n in range(count)]
-
-
-def _as_rows(columns: list):
-    """A few columns (R, 1) as the rows of one array."""
-    size, lane = columns[0].shape[0], _iota((columns[0].shape[0], 128), 1)
-    found = jnp.zeros((size, 128), columns[0].dtype)
-    for n, column in enumerate(columns):
-        found = jnp.where(lane == n, column, found)
-    return found.T[: len(columns)]
-
-
-def _iota(size: tuple[int, int], axis: int):
-    return jax.lax.broadcasted_iota(jnp.int32, size, axis)
-
-
-def _dot(a, b, over_a: int, over_b: int):
-    wide = _wide(a)
-    exact = a.dtype.itemsize >= 4
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((over_a,), (over_b,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=wide,
-    )
-
-
-def _wide(x) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return pl.BlockSpec(spec.block_shape, index)

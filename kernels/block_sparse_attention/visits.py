@@ -9,6 +9,7 @@ lists that the program computes give as many as they could need.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 LISTS = Int[Array | np.ndarray, "C L N M"]
 WORD = 32
+STEP = 2  # what a step costs beside its blocks, in blocks
 
 
 class Visits(NamedTuple):
@@ -35,8 +37,9 @@ class Visits(NamedTuple):
         return self.member.shape[2] // self.owner.shape[2]
 
 
-def by_query(chosen: LISTS, counts: np.ndarray, each: int, none: int) -> Visits:
+def by_query(chosen: LISTS, counts: np.ndarray, most: int, none: int) -> Visits:
     """Owners are query blocks; `counts` (N,) bounds their lists, which hold `none` at the end."""
+    each = _each(lambda n: int(np.maximum(1, -(-counts // n)).sum()), most)
     steps = np.maximum(1, -(-counts // each))
     owner = np.repeat(np.arange(len(counts), dtype=np.int32), steps)
     first = np.cumsum(steps) - steps
@@ -49,22 +52,28 @@ def by_query(chosen: LISTS, counts: np.ndarray, each: int, none: int) -> Visits:
     return Visits(owner[None, None], member.astype(xp.int32))
 
 
-def by_key(chosen: LISTS, counts: np.ndarray, reached: np.ndarray, each: int) -> Visits:
+def by_key(chosen: LISTS, counts: np.ndarray, reached: np.ndarray, most: int) -> Visits:
     """Owners are key blocks, `reached` (J,) bounds how many lists name each; members are lists."""
     blocks, lists = len(reached), chosen.shape[2]
     named = _named(chosen, blocks)
     if isinstance(named, np.ndarray):
         reached = named.sum(-1).max((0, 1))
         order = np.where(named, np.arange(lists, dtype=np.int32), np.int32(lists))
-        return by_query(np.sort(order, axis=-1), reached, each, lists)
+        return by_query(np.sort(order, axis=-1), reached, most, lists)
     before = jnp.cumsum(named, axis=-1, dtype=jnp.int32)
-    bound, steps = int(np.maximum(1, -(-reached // each)).sum()), int(counts.sum()) // each + blocks
-    if bound <= 1.25 * steps:
+    bound = lambda n: int(counts.sum()) // n + blocks
+    each = _each(bound, most)
+    if np.maximum(1, -(-reached // each)).sum() <= 1.25 * bound(each):
         entry = np.arange(int(reached.max()), dtype=np.int32)
-        return by_query(_list_at(before, entry), reached, each, lists)
-    run = functools.partial(_visit_keys, steps=steps, each=each)
+        return by_query(_list_at(before, entry), reached, most, lists)
+    run = functools.partial(_visit_keys, steps=bound(each), each=each)
     owner, member = jax.vmap(jax.vmap(run))(before)
     return Visits(owner, jnp.where(member < lists, member, -1))
+
+
+def _each(steps: Callable[[int], int], most: int) -> int:
+    """The number of blocks a step that makes a pass shortest; a step costs as much as STEP more."""
+    return min(range(most, 0, -1), key=lambda n: steps(n) * (n + STEP))
 
 
 def _named(chosen: LISTS, blocks: int) -> Bool[Array | np.ndarray, "C L J N"]:

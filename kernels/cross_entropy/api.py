@@ -24,7 +24,8 @@ def cross_entropy(
     `total` is differentiable (reverse mode) in x, head and weights; `nll` is a report and carries
     no gradient. A target must lie in [0, V) also where its weight is 0, which cannot be checked
     under jit: beyond V gives NaN. The logits never exist at once. Differentiating `total` costs
-    the three matrix products of a plain loss, the gradients being formed in the forward pass.
+    the three matrix products of a plain loss, the gradients being formed in the forward pass; the
+    TPU kernel keeps nothing of the logits and takes five.
     Raises ValueError on shapes and dtypes that do not fit and on a negative softcap.
     """
     check_inputs(x, head)

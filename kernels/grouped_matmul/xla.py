@@ -90,7 +90,7 @@ def _backward(residuals, dy_MN):
         x_RK = _within(_rows(padded_MK, at, tile), at)
         dy_RN = _within(_rows(padded_MN, at, tile), at)
         w_KN = jax.lax.dynamic_index_in_dim(weights_EKN, at.group, keepdims=False)
-        dx_RK = _dot("rn,kn->rk", dy_RN, w_KN).astype(dx_MK.dtype)
+        dx_RK = _within(_dot("rn,kn->rk", dy_RN, w_KN), at).astype(dx_MK.dtype)
         dx_MK = jax.lax.dynamic_update_slice_in_dim(dx_MK, dx_RK, at.start, axis=0)
         dw_KN = jax.lax.dynamic_index_in_dim(dw_EKN, at.group, keepdims=False)
         dw_KN = dw_KN + _dot("rk,rn->kn", x_RK, dy_RN)

@@ -70,6 +70,7 @@ def linear_scan(
     initial_state: Float[Array, "B D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """The recurrence of `kernels.linear_scan` on TPUs, split over a mesh by rows and channels."""
+    _check("linear_scan", x)
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
 
@@ -92,6 +93,7 @@ def complex_linear_scan(
     initial_state: Float[Array, "B 2 D"] | None = None,
 ) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Float[Array, "B 2 D"]]:
     """The recurrence of `kernels.complex_linear_scan` on TPUs, split as the real one."""
+    _check("complex_linear_scan", x_real)
     if initial_state is None:
         initial_state = jnp.zeros((x_real.shape[0], 2, x_real.shape[2]), jnp.float32)
     kind = "constant" if log_decay.ndim == 1 else "complex"
@@ -112,7 +114,14 @@ def complex_linear_scan(
 
 def uncovered(function: str, x, *_, **__) -> str:
     """Why a call cannot run here; "" if it can."""
-    return "float64" if x.dtype == jnp.float64 and dispatch.interpreter() is None else ""
+    if x.dtype == jnp.float64 and dispatch.interpreter() is None:
+        return "float64; the nearest dtype is float32"
+    return ""
+
+
+def _check(function: str, x) -> None:
+    if reason := uncovered(function, x):
+        raise ValueError(f"{function} as pallas_tpu does not cover {reason}; or use xla.")
 
 
 def _on_device(kind, x, gates, segments, initial_state):
@@ -241,36 +250,33 @@ def _backward(form, saved, slopes):
 _walk.defvjp(_save, _backward)
 
 
-class Tile(NamedTuple):
-    """Eight tokens inside a kernel."""
+class Group(NamedTuple):
+    """Tokens that are loaded together, inside a kernel: numbers as (tiles, 8, lanes)."""
 
-    rows: slice  # within the group that was loaded with them
     factor: Number  # what the state before a token is multiplied by
     x: Number
-    padding: Any  # (8, 1), or None where there is none
-    plain: Any  # (1, 1): all factors are the constant one; None if they always are
+    padding: Any  # (tiles, 8, 1), or None where there is none
+    plain: Any  # (tiles, 1, 1): all factors are the constant one; None if they always are
 
 
 def _forward_body(form, structure, *refs):
     laid, refs = _unflatten(structure, refs)
     parts = len(laid.x)
-    h, state, (*entering,) = refs[:parts], refs[parts], refs[parts + 1 :]
-    marks = _turn_marks(form, laid, entering)
+    h, state, (*rest,) = refs[:parts], refs[parts], refs[parts + 1 :]
+    marks = _turn_marks(form, laid, rest)
+    block = pl.program_id(2)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(block == 0)
     def _():
         state[...] = laid.state[...]
 
-    for ref in entering:
-        ref[...] = state[...]
-    read = functools.partial(_tiles, form, laid, marks, pl.program_id(2))
+    for entering in rest:
+        entering[...] = state[...]
 
     def group(i, carry):
-        found = []
-        for tile in read(i):
-            after, carry = _advance(form, laid, tile, carry)
-            found.append(_where(tile.padding, 0, after))
-        _store(h, _rows(i), found)
+        tokens = _group(form, laid, marks, block, i)
+        after, _, carry = _advance(form, laid, tokens, carry)
+        _store(h, _rows(i), _where(tokens.padding, 0, after))
         return carry
 
     _keep(state, jax.lax.fori_loop(0, form.chunk // ROWS, group, _parts(state)))
@@ -281,12 +287,12 @@ def _backward_body(form, structure, *refs):
     laid, refs = _unflatten(structure, refs)
     parts, gates = len(laid.x), 1 if form.kind == "real" else 2
     dh, dfinal, dx = refs[:parts], refs[parts], refs[parts + 1 : 2 * parts + 1]
-    dgates, dstate = refs[2 * parts + 1 :][:gates], refs[2 * parts + 1 + gates]
-    before, *scratch = refs[2 * parts + 2 + gates :]
-    marks = _turn_marks(form, laid, scratch)
+    dgates, dstate, before, *rest = refs[2 * parts + 1 :][:gates], *refs[2 * parts + 1 + gates :]
+    marks = _turn_marks(form, laid, rest)
     groups = form.chunk // ROWS
     block = pl.num_programs(2) - 1 - pl.program_id(2)
-    read = functools.partial(_tiles, form, laid, marks, block)
+    read = functools.partial(_group, form, laid, marks, block)
+    previous = [before.at[n] for n in range(parts)]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -296,33 +302,24 @@ def _backward_body(form, structure, *refs):
                 ref[...] = jnp.zeros_like(ref)
 
     def again(i, carry):
-        found = []
-        for tile in read(i):
-            after, last = _advance(form, laid, tile, carry)
-            found.append(_shift(after, carry, back=False))
-            carry = last
-        _store([before.at[n] for n in range(parts)], _rows(i), found)
+        after, edges, carry = _advance(form, laid, read(i), carry)
+        _store(previous, _rows(i), _shift(after, edges, back=False))
         return carry
 
     jax.lax.fori_loop(0, groups, again, _parts(laid.state))
 
     def group(j, carry):
         i = groups - 1 - j
-        rows = _rows(i)
-        given = [ref[rows].astype(dstate.dtype) for ref in dh]
-        entered = [before[n, rows] for n in range(parts)]
-        slopes, turns = [], []
-        for tile in reversed(read(i)):
-            slope, arriving, carry = _retreat(form, laid, tile, _cut(given, tile), carry)
-            turn = _turning(arriving, _cut(entered, tile))
-            slopes.append(_where(tile.padding, 0, slope))
-            turns.append(_where(tile.padding, 0, turn))
-        _store(dx, rows, slopes[::-1])
+        rows, tokens = _rows(i), read(i)
+        slopes, arriving, carry = _retreat(form, laid, tokens, _load(dh, rows, before), carry)
+        turns = _turning(arriving, _load(previous, rows, before))
+        _store(dx, rows, _where(tokens.padding, 0, slopes))
+        turns = _where(tokens.padding, 0, turns)
         if form.kind == "constant":
-            for n, ref in enumerate(dgates):
-                ref[...] += sum(turn[n] for turn in turns)
+            for ref, turn in zip(dgates, turns, strict=True):
+                ref[...] += turn.sum(0)
         else:
-            _store(dgates, rows, turns[::-1])
+            _store(dgates, rows, turns)
         return carry
 
     _keep(dstate, jax.lax.fori_loop(0, groups, group, _parts(dstate)))
@@ -333,11 +330,11 @@ def _unflatten(structure, refs):
     return jax.tree.unflatten(structure, refs[:count]), refs[count:]
 
 
-def _turn_marks(form, laid, scratch):
-    """Marks from lanes to rows, into the last of the scratch refs, which is taken off."""
+def _turn_marks(form, laid, rest):
+    """Marks from lanes to rows, into the last of the refs in `rest`, which is taken off."""
     if not form.packed:
         return None
-    marks = scratch.pop()
+    marks = rest.pop()
     marks[...] = laid.marks[...].T
     return marks
 
@@ -355,49 +352,40 @@ def _keep(ref, number: Number) -> None:
         ref[n : n + 1] = part
 
 
-def _store(refs, rows, tiles: list[Number]) -> None:
-    for n, ref in enumerate(refs):
-        ref[rows] = jnp.concatenate([tile[n] for tile in tiles], axis=0).astype(ref.dtype)
+def _load(refs, rows, like) -> Number:
+    return tuple(_as_tiles(ref[rows].astype(like.dtype)) for ref in refs)
 
 
-def _cut(parts, tile: Tile) -> Number:
-    return tuple(part[tile.rows] for part in parts)
+def _store(refs, rows, number: Number) -> None:
+    for ref, part in zip(refs, number, strict=True):
+        ref[rows] = part.reshape(ROWS, -1).astype(ref.dtype)
 
 
-def _tiles(form, laid, marks, block, i) -> list[Tile]:
+def _as_tiles(rows):
+    return rows.reshape(ROWS // TILE, TILE, rows.shape[1])
+
+
+def _group(form, laid, marks, block, i) -> Group:
     """The i-th group of tokens of a block of time."""
     rows, dtype = _rows(i), laid.state.dtype
-    x = [ref[rows].astype(dtype) for ref in laid.x]
+    x = _load(laid.x, rows, laid.state)
     if form.kind == "constant":
-        factor = [jnp.broadcast_to(laid.gates[0][n : n + 1], x[0].shape) for n in range(2)]
+        table = laid.gates[0]
+        factor = tuple(jnp.broadcast_to(table[n : n + 1], x[0].shape) for n in range(2))
     else:
-        factor = _factor([ref[rows].astype(dtype) for ref in laid.gates])
-    mark = _marks_of(form, marks, block, i)
-    tiles = []
-    for n in range(ROWS // TILE):
-        here = slice(n * TILE, (n + 1) * TILE)
-        ours, plain, padding = tuple(part[here] for part in factor), None, None
-        if mark is not None:
-            plain = jnp.max(mark[here], axis=0, keepdims=True) == 0
-            padding = mark[here] == PADDING
-            held = (padding.astype(dtype), *(0 for _ in ours[1:]))
-            ours = tuple(
-                jnp.where(mark[here] == 0, part, other)
-                for part, other in zip(ours, held, strict=True)
-            )
-        tokens = _where(padding, 0, tuple(part[here] for part in x))
-        tiles.append(Tile(here, ours, tokens, padding, plain))
-    return tiles
-
-
-def _marks_of(form, marks, block, i):
-    """(ROWS, 1), or None where all tokens simply go on."""
-    mark = marks[_rows(i)] if form.packed else None
+        factor = _factor(_load(laid.gates, rows, laid.state))
+    mark = marks[rows] if form.packed else None
     if form.ragged:
         row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
         beyond = block * form.chunk + i * ROWS + row >= form.length
         mark = jnp.where(beyond, PADDING, 0 if mark is None else mark)
-    return mark
+    if mark is None:
+        return Group(factor, x, None, None)
+    mark = _as_tiles(mark)
+    padding = mark == PADDING
+    held = (padding.astype(dtype), jnp.zeros((), dtype))[: len(factor)]
+    factor = _where(mark == 0, factor, held)
+    return Group(factor, _where(padding, 0, x), padding, mark.max(axis=1, keepdims=True) == 0)
 
 
 def _factor(gates) -> Number:
@@ -408,40 +396,45 @@ def _factor(gates) -> Number:
     return decay * cos, decay * sin
 
 
-def _advance(form, laid, tile: Tile, carry: Number) -> tuple[Number, Number]:
-    """(h of eight tokens, h of the last)."""
-    all_before, local = _doubling(tile.factor, tile.x, back=False)
-    h = _add(local, _times(all_before, carry))
-    last = tuple(part[TILE - 1 :] for part in h)
-    return h, _exact(form, laid, tile, False, last, tuple(p[TILE - 1 :] for p in local), carry)
+def _advance(form, laid, tokens: Group, carry: Number):
+    """(h, the states that enter the tiles, the state that leaves the last)."""
+    before, local = _doubling(tokens.factor, tokens.x, back=False)
+    return _join(form, laid, tokens, before, local, carry, back=False)
 
 
-def _retreat(form, laid, tile: Tile, dh: Number, carry: Number):
-    """(slopes of eight tokens' h, what of them arrives a token earlier, the first of these)."""
-    factor = _conjugate(tile.factor)
-    dh = _where(tile.padding, 0, dh)
-    all_after, local = _doubling(factor, _times(factor, dh), back=True)
-    arriving = _add(local, _times(all_after, carry))
-    first = tuple(part[:1] for part in arriving)
-    slope = _add(dh, _shift(arriving, carry, back=True))
-    first = _exact(form, laid, tile, True, first, tuple(p[:1] for p in local), carry)
-    return slope, arriving, first
+def _retreat(form, laid, tokens: Group, dh: Number, carry: Number):
+    """(slopes of h, what of them arrives a token earlier, what leaves the first tile)."""
+    dh, factor = _where(tokens.padding, 0, dh), _conjugate(tokens.factor)
+    after, local = _doubling(factor, _times(factor, dh), back=True)
+    arriving, edges, carry = _join(form, laid, tokens, after, local, carry, back=True)
+    return _add(dh, _shift(arriving, edges, back=True)), arriving, carry
 
 
-def _exact(form, laid, tile: Tile, back: bool, rounded: Number, local: Number, carry: Number):
-    """The state eight tokens on; the eighth power of a constant factor has two parts."""
-    if form.kind != "constant":
-        return rounded
-    eighth = Factor(*(laid.gates[0][n : n + 1] for n in range(2, 6)))
-    exact = times(conjugate(eighth) if back else eighth, carry, local)
-    if tile.plain is None:
-        return exact
-    return tuple(jnp.where(tile.plain, e, r) for e, r in zip(exact, rounded, strict=True))
+def _join(form, laid, tokens: Group, factors: Number, local: Number, carry: Number, back: bool):
+    """(local + factors x what enters a tile, what enters the tiles, what leaves the last)."""
+    count = local[0].shape[0]
+    end = slice(0, 1) if back else slice(TILE - 1, TILE)
+    tiles, edges = [()] * count, [()] * count
+    for n in reversed(range(count)) if back else range(count):
+        here, edges[n] = tuple(part[n] for part in local), carry
+        tiles[n] = _add(here, _times(tuple(part[n] for part in factors), carry))
+        carry = tuple(part[end] for part in tiles[n])
+        if form.kind == "constant":
+            exact = _eighth(laid, back, edges[n], tuple(part[end] for part in here))
+            carry = exact if tokens.plain is None else _where(tokens.plain[n], exact, carry)
+    stack = lambda found: tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
+    return stack(tiles), stack(edges), carry
+
+
+def _eighth(laid, back: bool, carry: Number, add: Number) -> Number:
+    """Eight tokens on with the constant factor, whose eighth power comes in two parts."""
+    factor = Factor(*(laid.gates[0][n : n + 1] for n in range(2, 6)))
+    return times(conjugate(factor) if back else factor, (carry[0], carry[1]), (add[0], add[1]))
 
 
 def _doubling(a: Number, b: Number, back: bool) -> tuple[Number, Number]:
     """(products of a, sums of b with the products of a since), up to each row or down to it."""
-    row = jax.lax.broadcasted_iota(jnp.int32, a[0].shape, 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, a[0].shape, 1)
     for step in (1, 2, 4):
         inside = row < TILE - step if back else row >= step
         earlier = functools.partial(_roll, shift=TILE - step if back else step)
@@ -450,16 +443,15 @@ def _doubling(a: Number, b: Number, back: bool) -> tuple[Number, Number]:
     return a, b
 
 
-def _shift(x: Number, edge: Number, back: bool) -> Number:
-    """The number of the row before, or after if `back`; of the row at the edge, `edge`."""
-    row = jax.lax.broadcasted_iota(jnp.int32, x[0].shape, 0)
-    at_edge = row == (TILE - 1 if back else 0)
+def _shift(x: Number, edges: Number, back: bool) -> Number:
+    """The number of the row before, or after if `back`; of a tile's row at the edge, its edge."""
+    row = jax.lax.broadcasted_iota(jnp.int32, x[0].shape, 1)
     moved = tuple(_roll(part, TILE - 1 if back else 1) for part in x)
-    return tuple(jnp.where(at_edge, e, m) for e, m in zip(edge, moved, strict=True))
+    return _where(row == (TILE - 1 if back else 0), edges, moved)
 
 
 def _roll(x, shift):
-    return pltpu.roll(x, shift, 0)
+    return pltpu.roll(x, shift, 1)
 
 
 def _turning(arriving: Number, before: Number) -> Number:

@@ -30,4 +30,4 @@ def long_conv(
     transform = 2.5 * points * math.log2(max(points, 2))
     by_transform = channels * (transform + batch * (2 * transform + 3 * points))
     skipped = 0 if skip is None else 2 * batch * length * channels
-    return min(2 * batch * channels * pairs, by_transform) + skipped
+    return float(min(2 * batch * channels * pairs, by_transform) + skipped)

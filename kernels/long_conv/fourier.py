@@ -26,7 +26,7 @@ DENSE = 1024
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def toeplitz(
     x: Float[Array, "B G R S D"],
-    taps: Float[Array, "K 2S D"],
+    taps: Float[Array, "K 2*S D"],
     documents: Int[Array, "B G R"] | None,
     form: str,
 ) -> Float[Array, "B G R S D"]:
@@ -78,7 +78,8 @@ def _where_same(documents, lag, blocks):
     if documents is None or lag == 0:
         return blocks
     same = jnp.pad(documents, ((0, 0), (0, 0), (lag, 0)))[..., :-lag] == documents
-    return jnp.where(same[..., None, None], blocks, 0)
+    # A product, because XLA writes out the mask of a selection in full, for every lag, on TPUs.
+    return blocks * same[..., None, None].astype(jnp.float32)
 
 
 def _to(x, size, start, form):
@@ -128,7 +129,7 @@ _rfft = _row_by_row(lambda x, size: jnp.fft.rfft(x, n=size), "... t -> ... f")
 _irfft = _row_by_row(lambda spectrum, size: jnp.fft.irfft(spectrum, n=size), "... f -> ... t")
 
 
-def _multiply(x: Float[Array, "*R S D"], size: int, start: int) -> Complex[Array, "*R F D"]:
+def _multiply(x: Float[Array, "... S D"], size: int, start: int) -> Complex[Array, "... F D"]:
     """Half the spectrum: frequency m + A l at (m, l), m = 0 .. A/2, for the rest mirrors it."""
     outer, twiddle, inner = _matrices(size)
     points = inner.shape[0]
@@ -144,8 +145,8 @@ def _multiply(x: Float[Array, "*R S D"], size: int, start: int) -> Complex[Array
 
 
 def _multiply_back(
-    spectrum: Complex[Array, "*R F D"], size: int, start: int, stop: int
-) -> Float[Array, "*R C D"]:
+    spectrum: Complex[Array, "... F D"], size: int, start: int, stop: int
+) -> Float[Array, "... C D"]:
     outer, twiddle, inner = _matrices(size)
     points = inner.shape[0]
     first, last = start // points, -(-stop // points)
@@ -167,8 +168,8 @@ def _multiply_back(
 
 
 def _multiply_complex(
-    z: Complex[Array, "*R M B D"], matrix: np.ndarray
-) -> Complex[Array, "*R M B D"]:
+    z: Complex[Array, "... M B D"], matrix: np.ndarray
+) -> Complex[Array, "... M B D"]:
     """The matrix, which is symmetric, times z along B, as one real product."""
     both = np.block([[matrix.real, matrix.imag], [-matrix.imag, matrix.real]])
     parts = jnp.concatenate([z.real, z.imag], axis=-2)

@@ -48,7 +48,7 @@ def long_conv(
         tail_BVD = jnp.zeros((batch, before, channels), x.dtype)
     whole_BUD, numbers = _behind(tail_BVD, x, segments)
     if length == 1:
-        y_BTD = _one_token(x, filters, skip, initial_state, segments)
+        y_BTD = _one_token(x, filters, skip, tail_BVD, segments)
     elif initial_state is None:
         y_BTD = _convolve(_form(), x, filters, skip, segments)
     else:
@@ -96,8 +96,7 @@ def _one_token(x_BTD, filters, skip, tail_BVD, segments):
     accumulator = jnp.promote_types(x_BTD.dtype, jnp.float32)
     taps_LD, now_BD = filters.astype(accumulator), x_BTD[:, 0].astype(accumulator)
     y_BD = taps_LD[0] * now_BD
-    if tail_BVD is not None:
-        y_BD = y_BD + jnp.sum(taps_LD[:0:-1] * tail_BVD.astype(accumulator), axis=1)
+    y_BD = y_BD + jnp.sum(taps_LD[:0:-1] * tail_BVD.astype(accumulator), axis=1)
     if skip is not None:
         y_BD = y_BD + skip.astype(accumulator) * now_BD
     if segments is not None:

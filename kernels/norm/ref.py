@@ -6,15 +6,15 @@ from jaxtyping import Array, Float
 
 
 def norm(
-    x: Float[Array, "*S D"],
-    weight: Float[Array, "*W D"],
+    x: Float[Array, "... D"],
+    weight: Float[Array, "... D"],
     *,
-    residual: Float[Array, "*S D"] | None = None,
-    gate: Float[Array, "*S D"] | None = None,
-    input_gate: Float[Array, "*S D"] | None = None,
+    residual: Float[Array, "... D"] | None = None,
+    gate: Float[Array, "... D"] | None = None,
+    input_gate: Float[Array, "... D"] | None = None,
     activation: str = "silu",
     eps: float = 1e-6,
-) -> tuple[Float[Array, "*S D"], Float[Array, "*S D"]]:
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """u = x act(input_gate) + residual;  y = u / sqrt(mean(u^2) + eps) * weight * act(gate)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     act = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]

@@ -14,15 +14,15 @@ from kernels import chunks
 
 
 def norm(
-    x: Float[Array, "*S D"],
-    weight: Float[Array, "*W D"],
+    x: Float[Array, "... D"],
+    weight: Float[Array, "... D"],
     *,
-    residual: Float[Array, "*S D"] | None = None,
-    gate: Float[Array, "*S D"] | None = None,
-    input_gate: Float[Array, "*S D"] | None = None,
+    residual: Float[Array, "... D"] | None = None,
+    gate: Float[Array, "... D"] | None = None,
+    input_gate: Float[Array, "... D"] | None = None,
     activation: str = "silu",
     eps: float = 1e-6,
-) -> tuple[Float[Array, "*S D"], Float[Array, "*S D"]]:
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """The operation of `kernels.norm`; elementwise but for one sum a row, which XLA fuses."""
     given = (x, weight, residual, gate, input_gate)
     return _norm(activation, eps, *chunks._vary(given, chunks._varying(given)))

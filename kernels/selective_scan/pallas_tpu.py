@@ -16,6 +16,7 @@ are added once a block, and XLA adds up the blocks of channels.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,11 +31,9 @@ from kernels import segments as packed
 
 # Rows of a register (of bfloat16: ROWS) and its lanes.
 TILE, ROWS, LANE = 8, 16, 128
-# Numbers of a state that are worked on together, and channels of a block, forward and backward.
-FORWARD, BACKWARD = (8192, 4096), (4096, 2048)
-# The longest block of time, and the most columns of it, times N, that are spread.
-LONGEST, COLUMNS = 128, 8192
-VMEM = 48 << 20
+# The longest block of time, and the most columns of it, times N; bytes of VMEM for a program.
+LONGEST, COLUMNS, ROOM = 128, 4096, 12 << 20
+MOST_STATE = 256
 OCTAVES = math.log2(math.e)
 # Marks of tokens that do not simply go on.
 START, PADDING = 1, 2
@@ -50,6 +49,21 @@ class Form(NamedTuple):
     @property
     def ragged(self) -> bool:
         return self.length % self.chunk > 0
+
+
+class Pass(NamedTuple):
+    """How much a pass keeps in VMEM."""
+
+    numbers: int  # of a state that are worked on together: what a few registers hold
+    tokens: tuple[int, int]  # blocks like x, like dt
+    states: int  # blocks like the state
+    rows: int  # buffers of a part's tokens
+    columns: int  # buffers of spread columns
+    before: int  # buffers of the states before all tokens
+
+
+FORWARD = Pass(8192, tokens=(2, 1), states=4, rows=3, columns=2, before=0)
+BACKWARD = Pass(4096, tokens=(3, 2), states=6, rows=4, columns=4, before=1)
 
 
 class Laid(NamedTuple):
@@ -77,6 +91,8 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The recurrence of `kernels.selective_scan` on TPUs, split over a mesh by row and channel."""
+    if reason := uncovered("selective_scan", x, dt, A):
+        raise ValueError(f"selective_scan as pallas_tpu does not cover {reason}; or use xla.")
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     batch, _, width = x.shape
     if initial_state is None:
@@ -90,9 +106,13 @@ def selective_scan(
     return tpu.over_mesh(_on_device, arguments, dims, outputs=("b t d", "b d n"))
 
 
-def uncovered(function: str, x, *_, **__) -> str:
+def uncovered(function: str, x, dt, A, *_, **__) -> str:
     """Why a call cannot run here; "" if it can."""
-    return "float64" if x.dtype == jnp.float64 and dispatch.interpreter() is None else ""
+    if x.dtype == jnp.float64 and dispatch.interpreter() is None:
+        return "float64; the nearest dtype is float32"
+    if A.shape[1] > MOST_STATE:
+        return f"a state of {A.shape[1]} numbers a channel; the most is {MOST_STATE}"
+    return ""
 
 
 def _on_device(*, x, dt, A, Bm, Cm, D, segments, initial_state):
@@ -131,21 +151,27 @@ def _on_device(*, x, dt, A, Bm, Cm, D, segments, initial_state):
 
 
 def chunk_length(length: int, state: int) -> int:
-    """Up to LONGEST, or a power of two of which a shorter row holds about two; at least ROWS."""
-    longest = min(LONGEST, 1 << (COLUMNS // state).bit_length() - 1)
+    """Up to LONGEST and COLUMNS, or a power of two of which a shorter row holds about two."""
+    longest = min(LONGEST, 1 << (COLUMNS // state).bit_length() - 1)  # a power of two
     return max(ROWS, min(longest, 1 << ((length + 1) // 2 - 1).bit_length()))
 
 
-def _most(numbers: int, state: int) -> int:
-    """The lanes of which one part may have `numbers` numbers of the state."""
-    return max(numbers // state // LANE * LANE, LANE)
-
-
 def _lanes(width: int, most: int, unit: int = LANE) -> int:
-    """All of a narrow array's lanes, or as many units as divide it evenly."""
-    if width <= most and width % unit:
+    """All of a narrow array's lanes, or at most `most` in units that divide it evenly."""
+    if width < unit:
         return width
     return max(n for n in range(unit, max(most, unit) + 1, unit) if width % n == 0)
+
+
+def _sizes(form: Form, laid: Laid, kind: Pass) -> tuple[int, int]:
+    """(channels that are worked on together, channels of a block): as many as VMEM has room for."""
+    state, width = laid.a.shape
+    size = laid.state.dtype.itemsize
+    part = _lanes(width, kind.numbers // state)
+    fixed = kind.columns * state * LANE + (kind.rows + kind.before * state) * part
+    tokens = kind.tokens[0] * laid.x.dtype.itemsize + kind.tokens[1] * laid.dt.dtype.itemsize
+    channel = 2 * (form.chunk * tokens + kind.states * state * size)
+    return part, _lanes(width, (ROOM - form.chunk * fixed * size) // channel, part)
 
 
 def _widen(array: Array, size: int, axis: int) -> Array:
@@ -174,11 +200,10 @@ class Blocks(NamedTuple):
     dskip: pl.BlockSpec
 
 
-def _blocks(form: Form, laid: Laid, sizes: tuple, at: Callable = lambda m: m) -> Blocks:
-    """`sizes` is FORWARD or BACKWARD; `at` gives the block of time of a step."""
+def _blocks(form: Form, laid: Laid, kind: Pass, at: Callable = lambda m: m) -> Blocks:
+    """`at` gives the block of time of a step."""
     batch, state, width = laid.state.shape
-    part = _lanes(width, _most(sizes[0], state))
-    lanes = _lanes(width, sizes[1], unit=part)
+    part, lanes = _sizes(form, laid, kind)
     tokens = pl.BlockSpec((None, form.chunk, lanes), lambda b, d, m: (b, at(m), d))
     columns = pl.BlockSpec((None, None, state, LANE), lambda b, d, m: (b, at(m), 0, 0))
     marks = pl.BlockSpec((None, None, 1, form.chunk), lambda b, d, m: (b, at(m), 0, 0))
@@ -226,7 +251,6 @@ def _forward(form, laid, save=False):
         out_types=[_like(laid.x), _like(state), entering][: 2 + save],
         scratch=_scratch(form, laid, at.part, tokens=3, columns=2),
         semantics="ppa",
-        vmem=VMEM,
         name="selective_scan_forward",
     )
 
@@ -271,7 +295,6 @@ def _backward(form, saved, slopes):
             *_scratch(form, laid, at.part, tokens=4, columns=4),
         ],
         semantics="ppa",
-        vmem=VMEM,
         name="selective_scan_backward",
     )
     dskip = dskip.sum((0, 1))[None]
@@ -360,16 +383,14 @@ def _backward_body(form, width, structure, *refs):
     marks = _turn_marks(form, laid, rest)
     x, dt, written, slopes, b, c, db_lanes, dc_lanes = rest
     _spread(form, laid, b, c)
-    db_lanes[...] = jnp.zeros_like(db_lanes)
-    dc_lanes[...] = jnp.zeros_like(dc_lanes)
+    db_lanes[...], dc_lanes[...] = jnp.zeros_like(db_lanes), jnp.zeros_like(dc_lanes)
     groups = form.chunk // TILE
     block = pl.num_programs(2) - 1 - pl.program_id(2)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate[...] = dfinal[...]
-        da[...] = jnp.zeros_like(da)
-        dskip[...] = jnp.zeros_like(dskip)
+        da[...], dskip[...] = jnp.zeros_like(da), jnp.zeros_like(dskip)
 
     def channels(p, _):
         lanes = _lanes_of(p, width)
@@ -548,13 +569,15 @@ def _step_back(part: Part, t: Token, dy_8D, before: list, carry):
 
 def _fold(left: list, right: list):
     """Rows of one tile that add up to the sum over N of the products."""
-    return functools.reduce(lambda a, b: a + b, [x * y for x, y in zip(left, right, strict=True)])
+    return functools.reduce(operator.add, [x * y for x, y in zip(left, right, strict=True)])
 
 
 def _narrow(tiles: list):
     """Lanes that lie a register apart, added up; the tiles as one array."""
     array = jnp.concatenate(tiles)
-    return sum(array[:, n : n + LANE] for n in range(0, array.shape[1], LANE))
+    return functools.reduce(
+        operator.add, [array[:, n : n + LANE] for n in range(0, array.shape[1], LANE)]
+    )
 
 
 def _gather(partial):

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
+from jax.sharding import PartitionSpec as P
 
-from kernels.linear_scan import complex_linear_scan, linear_scan
+from kernels import dispatch
+from kernels.linear_scan import complex_linear_scan, linear_scan, pallas_tpu
 from kernels.linear_scan.rotation import cos_and_sin, one_part, two_parts
 from tests.tolerance import assert_close
 
 compiled = jax.jit(complex_linear_scan, static_argnames="impl")
-each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
+each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 each_kind = pytest.mark.parametrize("constant", (True, False), ids=("constant", "per-step"))
 NAMES = ("dx_real", "dx_imag", "dlog_decay", "dphase", "dstate")
 SEGMENTS = np.array(
@@ -23,6 +26,13 @@ SEGMENTS = np.array(
     ],
     np.int32,
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    """TPU kernels run in Pallas' interpreter."""
+    with dispatch.interpreting():
+        yield
 
 
 def draw(batch, length, width, constant, seed=0):
@@ -117,13 +127,13 @@ def test_without_turning_it_is_two_real_recurrences(impl, constant):
 
 
 @each_kind
-@pytest.mark.parametrize("length", [1500, 6000])
-def test_thousands_of_steps_do_not_drift(length, constant):
+@pytest.mark.parametrize(("impl", "length"), [("xla", 1500), ("xla", 6000), ("pallas_tpu", 6000)])
+def test_thousands_of_steps_do_not_drift(impl, length, constant):
     """Channels that never forget, against float64: values and slopes, of the phase above all."""
     x_real, x_imag, log_decay, phase, state = draw(1, length, 24, constant, seed=7)
     log_decay = log_decay * jnp.tile(jnp.asarray([0.0, 1e-4, 1e-2]), 8)
     narrow = (x_real, x_imag, log_decay, phase, state)
-    outputs, slopes = value_and_gradients(functools.partial(scan, impl="xla"), narrow)
+    outputs, slopes = value_and_gradients(functools.partial(scan, impl=impl), narrow)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in narrow]
         want, want_slopes = value_and_gradients(functools.partial(scan, impl="ref"), wide)
@@ -224,6 +234,69 @@ def test_two_parts_hold_more_than_one(largest, decay, wrap):
     assert np.abs(np.float64(one.real) + 1j * np.float64(one.imag) - want).max() < 2e-7
 
 
+def test_works_inside_shard_map():
+    """Factors that are the same on all devices get the sum of the devices' gradients."""
+    x_real, x_imag, log_decay, phase, _ = draw(4, 9, 5, constant=True)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def total(arguments, wrap):
+        def one(*arguments):
+            h, final = complex_linear_scan(*arguments, impl="xla")
+            return *h, final
+
+        return sum(jnp.sum(jnp.sin(out)) for out in wrap(one)(*arguments))
+
+    rows = P("data")
+    specs = (rows, rows, P(), P())
+    over = lambda f: jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=(rows,) * 3)
+    arguments = (x_real, x_imag, log_decay, phase)
+    found = jax.jit(lambda a: jax.grad(total)(a, over))(arguments)
+    want = jax.grad(total)(arguments, lambda f: f)
+    for name, mine, expected in zip(NAMES[:4], found, want, strict=True):
+        assert_close(mine, expected, "float32", name)
+
+
+def launches(jaxpr):
+    """The cost estimates of a program's `pallas_call`s, in order."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["cost_estimate"]
+        else:
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from launches(inner)
+
+
+def costs(function, arguments):
+    """Of the TPU kernel's forward and backward pass."""
+
+    def both(arguments):
+        outputs, pullback = jax.vjp(lambda given: function(**given, impl="pallas_tpu"), arguments)
+        return pullback(jax.tree.map(jnp.ones_like, outputs))
+
+    return list(launches(jax.make_jaxpr(both)(arguments).jaxpr))
+
+
+@each_kind
+def test_costs_of_tpu_launches_are_the_formulas(constant):
+    """Bytes by hand: constant factors are a table of eight rows, copied once a part and row."""
+    batch, length, width = 2, 512, 1024
+    shape = (batch, length, width)
+    gate = jax.ShapeDtypeStruct((width,) if constant else shape, jnp.float32)
+    token = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    arguments = dict(x_real=token, x_imag=token, log_decay=gate, phase=gate)
+    arguments["initial_state"] = jax.ShapeDtypeStruct((batch, 2, width), jnp.float32)
+    forward, backward = costs(complex_linear_scan, arguments)
+    tokens, state = batch * length * width, 8 * batch * width
+    entering, table = length // pallas_tpu.LONGEST * state, 4 * batch * 8 * width
+    gates, slopes = (table, 2 * table) if constant else (8 * tokens, 8 * tokens)
+    assert forward.bytes_accessed == 8 * tokens + gates + 2 * state + entering
+    assert backward.bytes_accessed == 12 * tokens + gates + slopes + 2 * state + entering
+    # Real FLOPs of complex ones: doubling 3 x (8 + 6), joining 8; and the two-part step a tile.
+    ours = 42 + 8 + 16 / 8 if constant else 42 + 8 + 2 + 28
+    assert forward.flops == ours * tokens
+    assert forward.transcendentals == (0 if constant else tokens)
+
+
 X, D = jnp.zeros((2, 3, 4)), jnp.zeros(4)
 
 
@@ -282,7 +355,8 @@ X, D = jnp.zeros((2, 3, 4)), jnp.zeros(4)
         ),
         (
             {"impl": "fast"},
-            "complex_linear_scan has no implementation 'fast'; it has ref, xla (or None: chosen).",
+            "complex_linear_scan has no implementation 'fast'; it has ref, xla, pallas_tpu "
+            "(or None: chosen).",
         ),
     ],
 )

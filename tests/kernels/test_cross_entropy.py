@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from kernels.cross_entropy import cross_entropy, xla
+from kernels import dispatch
+from kernels.cross_entropy import cross_entropy, pallas_tpu, xla
 from tests.tolerance import assert_close
 
 NAMES = ("total", "nll", "dx", "dhead", "dweights")
@@ -193,3 +194,65 @@ def test_faults(fault, message):
     with pytest.raises(ValueError) as error:
         cross_entropy(**GOOD | fault)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def launches(jaxpr):
+    """The `pallas_call`s of a program, in order."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+        else:
+            inner = (p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+            for one in inner:
+                yield from launches(getattr(one, "jaxpr", one))
+
+
+def test_costs_of_tpu_launches_are_the_formulas():
+    """32 rows and 301 entries: one tile of 32 rows, two of 256 entries, the last one ragged."""
+    given = draw(2, 16, 24, 301)
+    run = lambda *a: cross_entropy(*a, impl="pallas_tpu")  # noqa: E731
+    with dispatch.interpreting():
+        program = jax.make_jaxpr(lambda *a: value_and_slopes_of(run, *a))(*given)
+    costs = [eqn.params["cost_estimate"] for eqn in launches(program.jaxpr)]
+    rows, width, entries = 32, 24, 512
+    product = 2 * rows * width * entries
+    assert [cost.flops for cost in costs] == [product, 2 * product, 2 * product]
+    x, head, number = 4 * rows * width, 4 * width * entries, 4 * rows
+    moved = [x + head + 3 * number, 2 * x + head + 3 * number, x + 2 * head + 3 * number]
+    assert [cost.bytes_accessed for cost in costs] == moved
+
+
+def value_and_slopes_of(function, x, head, targets, weights):
+    total = lambda x, head: function(x, head, targets, weights)[0]  # noqa: E731
+    return jax.value_and_grad(total, (0, 1))(x, head)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_tpu_kernel_equals_optax(softcap):
+    given = draw(2, 9, 8, 257)
+    fused = lambda *a: cross_entropy(*a, softcap=softcap, impl="pallas_tpu")  # noqa: E731
+    with dispatch.interpreting():
+        found = value_and_slopes(fused, *given)
+    assert_same(found, value_and_slopes(lambda *a: by_optax(*a, softcap), *given))
+
+
+def test_tpu_kernel_is_loud_about_a_target_beyond_the_vocabulary():
+    x, head, targets, weights = draw(1, 5, 4, 9)
+    with dispatch.interpreting():
+        total, nll = cross_entropy(x, head, targets.at[0, 2].set(9), weights, impl="pallas_tpu")
+    assert np.isnan(total) and np.isnan(nll[0, 2]) and np.isfinite(np.delete(nll[0], 2)).all()
+
+
+def test_a_width_beyond_the_room_of_a_tpu_names_the_widest():
+    x, head, targets, weights = draw(1, 2, 3840, 9)
+    message = r"does not cover width 3840 \(at most 3712 fits into VMEM\); use xla."
+    with dispatch.interpreting(), pytest.raises(ValueError, match=message):
+        cross_entropy(x, head, targets, weights, impl="pallas_tpu")
+    for rows in (1, 100, 5000):
+        for name in ("forward", "dx", "dhead"):
+            assert pallas_tpu.tiles(name, rows, 3712, 50257, 4, 4).vocabulary >= 128
+
+
+def test_a_tpu_kernel_needs_a_tpu():
+    with pytest.raises(ValueError, match="cross_entropy as pallas_tpu needs a TPU"):
+        cross_entropy(**GOOD, impl="pallas_tpu")

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
+from jax.sharding import PartitionSpec as P
 
-from kernels.linear_scan import linear_scan
+from kernels import dispatch
+from kernels.linear_scan import linear_scan, pallas_tpu
 from tests.tolerance import assert_close
 
 compiled = jax.jit(linear_scan, static_argnames="impl")
-each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
+each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 SEGMENTS = np.array(
     [
         [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
@@ -18,6 +21,13 @@ SEGMENTS = np.array(
     ],
     np.int32,
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    """TPU kernels run in Pallas' interpreter."""
+    with dispatch.interpreting():
+        yield
 
 
 def draw(shape, seed=0):
@@ -180,6 +190,79 @@ def test_dtypes(impl, length):
         assert h.dtype == jnp.float64 and final.dtype == jnp.float64
 
 
+def test_works_inside_shard_map():
+    """A state that is the same on all devices, or none, comes to vary as the tokens do."""
+    x, log_decay, state = draw((4, 9, 5))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def total(x, log_decay, state, wrap):
+        def one(x, log_decay, state):
+            first = linear_scan(x, log_decay, initial_state=state[None] + x[:, 0], impl="xla")
+            return *first, *linear_scan(x, log_decay, impl="xla")
+
+        return sum(jnp.sum(jnp.sin(out)) for out in wrap(one)(x, log_decay, state))
+
+    rows = P("data")
+    over = lambda f: jax.shard_map(f, mesh=mesh, in_specs=(rows, rows, P()), out_specs=(rows,) * 4)
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    found = jax.jit(lambda *a: gradient(*a, over))(x, log_decay, state[0])
+    want = gradient(x, log_decay, state[0], lambda f: f)
+    for name, mine, expected in zip(("dx", "dg", "dstate"), found, want, strict=True):
+        assert_close(mine, expected, "float32", name)
+
+
+def launches(jaxpr):
+    """The cost estimates of a program's `pallas_call`s, in order."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["cost_estimate"]
+        else:
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from launches(inner)
+
+
+def costs(function, arguments):
+    """Of the TPU kernel's forward and backward pass."""
+
+    def both(arguments):
+        outputs, pullback = jax.vjp(lambda given: function(**given, impl="pallas_tpu"), arguments)
+        return pullback(jax.tree.map(jnp.ones_like, outputs))
+
+    return list(launches(jax.make_jaxpr(both)(arguments).jaxpr))
+
+
+def test_costs_of_tpu_launches_are_the_formulas():
+    """By hand, a token and channel: 11 FLOPs of eight rows doubled and joined, bytes of copies."""
+    batch, length, width = 2, 512, 1024
+    shape = (batch, length, width)
+    arguments = {
+        "x": jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        "log_decay": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "initial_state": jax.ShapeDtypeStruct((batch, width), jnp.float32),
+    }
+    forward, backward = costs(linear_scan, arguments)
+    tokens, state = batch * length * width, 4 * batch * width
+    entering = length // pallas_tpu.LONGEST * state
+    # Backward: again, products with slopes, doubled and joined, the slopes' sum and the gates'.
+    assert forward.flops == 11 * tokens
+    assert backward.flops == (11 + 1 + 11 + 1 + 1) * tokens
+    assert (forward.transcendentals, backward.transcendentals) == (tokens, 2 * tokens)
+    assert forward.bytes_accessed == (2 + 4 + 2) * tokens + 2 * state + entering
+    assert backward.bytes_accessed == (2 + 4 + 2 + 2 + 4) * tokens + 2 * state + entering
+
+
+def test_short_rows_have_two_tpu_blocks():
+    found = [pallas_tpu.chunk_length(n) for n in (1, 16, 20, 37, 130, 512, 4096)]
+    assert found == [16, 16, 16, 32, 128, 256, 256]
+
+
+def test_float64_on_a_tpu_is_named():
+    message = "linear_scan as pallas_tpu does not cover float64; the nearest dtype is float32; "
+    with jax.enable_x64(True), dispatch.interpreting(None), pytest.raises(ValueError) as error:
+        pallas_tpu.linear_scan(jnp.ones((1, 3, 2)), jnp.zeros((1, 3, 2)))
+    assert str(error.value) == message + "or use xla."
+
+
 X = jnp.zeros((2, 3, 4))
 
 
@@ -221,7 +304,8 @@ X = jnp.zeros((2, 3, 4))
         ),
         (
             {"impl": "fast"},
-            "linear_scan has no implementation 'fast'; it has ref, xla (or None: chosen).",
+            "linear_scan has no implementation 'fast'; it has ref, xla, pallas_tpu "
+            "(or None: chosen).",
         ),
     ],
 )

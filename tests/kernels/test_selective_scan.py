@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.extend import core
 
+from kernels import dispatch
 from kernels.linear_scan import linear_scan
-from kernels.selective_scan import selective_scan
+from kernels.selective_scan import pallas_tpu, selective_scan
 from tests.tolerance import assert_close
 
 compiled = jax.jit(selective_scan, static_argnames="impl")
-each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
+each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 NAMES = ("x", "dt", "A", "Bm", "Cm", "D", "initial_state")
 SEGMENTS = np.array(
     [
@@ -24,6 +25,13 @@ SEGMENTS = np.array(
     ],
     np.int32,
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    """TPU kernels run in Pallas' interpreter."""
+    with dispatch.interpreting():
+        yield
 
 
 def draw(batch, length, width=5, state=3, seed=0):
@@ -199,6 +207,97 @@ def test_no_array_holds_the_states_of_all_tokens():
     assert batch * length * width <= largest <= batch * length * width * state / 8
 
 
+def launches(jaxpr):
+    """The cost estimates of a program's `pallas_call`s, in order."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["cost_estimate"]
+        else:
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from launches(inner)
+
+
+def costs(function, arguments):
+    """Of the TPU kernel's forward and backward pass."""
+
+    def both(arguments):
+        outputs, pullback = jax.vjp(lambda given: function(**given, impl="pallas_tpu"), arguments)
+        return pullback(jax.tree.map(jnp.ones_like, outputs))
+
+    return list(launches(jax.make_jaxpr(both)(arguments).jaxpr))
+
+
+def test_costs_of_tpu_launches_are_the_formulas():
+    """By hand, a token and channel: products, and sums over N by folding and by a tree."""
+    batch, length, width, state = 2, 512, 2048, 16
+    token = jax.ShapeDtypeStruct((batch, length, width), jnp.bfloat16)
+    projected = jax.ShapeDtypeStruct((batch, length, state), jnp.bfloat16)
+    arguments = dict(x=token, dt=token, Bm=projected, Cm=projected)
+    arguments["A"] = jax.ShapeDtypeStruct((width, state), jnp.float32)
+    arguments["D"] = jax.ShapeDtypeStruct((width,), jnp.float32)
+    arguments["initial_state"] = jax.ShapeDtypeStruct((batch, width, state), jnp.float32)
+    forward, backward = costs(selective_scan, arguments)
+
+    tokens, block = batch * length * width, 1024  # channels of a backward program's block
+    tree, fold = 14, 2 * state - 8
+    # Decay's exponent, decay, write: 4 N. Skip and dt x: 3.
+    ours = 4 * state + fold + tree + 3
+    # Again; slope 2 N, slopes of c and b 4 N, of the write, of the state 2 N, of dt, of A 4 N.
+    theirs = 4 * state + 1 + (2 + 4 + 2 + 4) * state + 2 * (fold + tree) + 8 - state
+    lanes = 2 * state * (127 + 128) * batch * length * (width // block)
+    assert forward.flops == ours * tokens
+    assert backward.flops == theirs * tokens + lanes
+    assert (forward.transcendentals, backward.transcendentals) == tuple(
+        n * state * tokens for n in (1, 2)
+    )
+
+
+def test_widths_of_tpu_programs():
+    """All of a narrow array, or registers that divide a wide one evenly."""
+    assert [pallas_tpu._lanes(n, 512) for n in (20, 128, 640, 1536, 4096)] == [
+        20,
+        128,
+        128,
+        512,
+        512,
+    ]
+    assert [pallas_tpu._lanes(n, 3000, 256) for n in (256, 1536, 4096)] == [256, 1536, 2048]
+    found = [pallas_tpu.chunk_length(n, 16) for n in (1, 20, 37, 130, 4096)]
+    assert found == [16, 16, 32, 128, 128]
+    assert [pallas_tpu.chunk_length(4096, n) for n in (16, 40, 64, 256)] == [128, 64, 64, 16]
+
+
+@pytest.mark.parametrize("width, state", [(300, 6), (640, 24)])
+def test_tpu_programs_of_several_parts_equal_the_reference(width, state):
+    """Channels that fill no register, states that fill no tile, parts and blocks of channels."""
+    arguments = draw(1, 20, width, state)
+    runs = [
+        value_and_gradients(functools.partial(selective_scan, impl=impl), arguments)
+        for impl in ("pallas_tpu", "ref")
+    ]
+    for found, want in zip(*(outputs for outputs, _ in runs), strict=True):
+        assert_close(found, want, "float32", "output")
+    for name in NAMES:
+        assert_close(*(slopes[name] for _, slopes in runs), "float32", f"gradient of {name}")
+
+
+def test_what_the_tpu_kernel_declines_is_named():
+    arguments = draw(1, 3, 4, 257)
+    with pytest.raises(ValueError) as error:
+        selective_scan(**arguments, impl="pallas_tpu")
+    assert str(error.value) == (
+        "selective_scan as pallas_tpu does not cover a state of 257 numbers a channel; "
+        "the most is 256; or use xla."
+    )
+    with jax.enable_x64(True), dispatch.interpreting(None), pytest.raises(ValueError) as error:
+        wide = {n: jnp.asarray(np.asarray(a, np.float64)) for n, a in draw(1, 3).items()}
+        pallas_tpu.selective_scan(**wide)
+    assert str(error.value) == (
+        "selective_scan as pallas_tpu does not cover float64; the nearest dtype is float32; "
+        "or use xla."
+    )
+
+
 X, A, P = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5)), jnp.zeros((2, 3, 5))
 
 
@@ -264,7 +363,8 @@ X, A, P = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5)), jnp.zeros((2, 3, 5))
         ),
         (
             {"impl": "fast"},
-            "selective_scan has no implementation 'fast'; it has ref, xla (or None: chosen).",
+            "selective_scan has no implementation 'fast'; it has ref, xla, pallas_tpu "
+            "(or None: chosen).",
         ),
     ],
 )
