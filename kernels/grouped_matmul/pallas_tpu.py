@@ -5,6 +5,7 @@ meanwhile, and each visit fills in its own rows. So the work is that of the rows
 tile a group, whatever the sizes: which group and tile a step visits are lists made from the sizes,
 read as scalars before the step's blocks are fetched. Unless it is very long, the sum of a product
 is not cut: a group's matrix, or a slice of its columns, comes once for all of the group's tiles.
+Odd sizes above 128 are padded to whole lanes.
 
 The rows beyond all groups are one more group, whose rows are filled with zeros. The gradient of the
 weights sums a group's tiles in VMEM; empty groups are visited once, to write their zeros.
@@ -30,8 +31,6 @@ def grouped_matmul(
     x: Float[Array, "M K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
     """The product of `kernels.grouped_matmul`; over a mesh, outputs are split and rows whole."""
-    if reason := uncovered("grouped_matmul", x, weights, group_sizes):
-        raise ValueError(f"grouped_matmul as pallas_tpu does not cover {reason}; use xla.")
     arguments = dict(x=x, weights=weights, group_sizes=group_sizes.astype(jnp.int32))
     return tpu.over_mesh(_local, arguments, DIMS, outputs=("m d",))
 
@@ -40,12 +39,6 @@ def uncovered(function: str, x, weights, group_sizes) -> str:
     """Why a call cannot run here; "" if it can."""
     if x.dtype == jnp.float64 and dispatch.interpreter() is None:
         return "float64"
-    for name, size, other in zip(
-        ("outputs", "width"), weights.shape[:0:-1], weights.shape[1:], strict=True
-    ):
-        if size % LANE and size * min(other, DEPTH) * x.dtype.itemsize > 2 * MATRIX:
-            nearest = max(1, round(size / LANE)) * LANE
-            return f"{name} {size}, which 128 does not divide (the nearest is {nearest})"
     return ""
 
 
@@ -93,9 +86,11 @@ def visits_of(group_sizes: Int[Array, " E"], rows: int, tile: int) -> Visits:
 
 def _local(*, x, weights, group_sizes):
     tile = tile_rows(x.shape[0], weights.shape[0])
-    padded = jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
+    lanes = [-size % LANE if size > LANE else 0 for size in weights.shape[1:]]
+    padded = jnp.pad(x, ((0, -x.shape[0] % tile), (0, lanes[0])))
+    matrices = jnp.pad(weights, ((0, 0), (0, lanes[0]), (0, lanes[1])))
     visits = visits_of(group_sizes, padded.shape[0], tile)
-    y = _product(tile, padded, weights, visits)[: x.shape[0]]
+    y = _product(tile, padded, matrices, visits)[: x.shape[0], : weights.shape[2]]
     legal = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= x.shape[0])
     return jnp.where(legal, y, jnp.nan)
 
