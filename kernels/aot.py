@@ -49,8 +49,8 @@ def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> An
     ways = mesh.shape["data"]
 
     def place(x):
-        first = "data" if x.ndim and x.shape[0] % ways == 0 and x.ndim > 1 else None
-        return Format(Layout.AUTO, NamedSharding(mesh, P(first)))
+        rows = P("data") if x.ndim > 1 and x.shape[0] % ways == 0 else P()
+        return Format(Layout.AUTO, NamedSharding(mesh, rows))
 
     placed = jax.tree.map(place, arguments)
     with jax.set_mesh(mesh), dispatch.layout(batch=("data",), heads=("tensor",)):

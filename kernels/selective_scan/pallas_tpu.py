@@ -459,10 +459,12 @@ def _each(work, group, carry, reverse: bool = False):
     loop several times faster, gets a loop.
     """
     if dispatch.interpreter() is not None:
-        row = jnp.arange(TILE, dtype=jnp.int32)
+        # Counted down here: the simulator of memories runs every scan forward.
+        steps = jnp.arange(TILE, dtype=jnp.int32)
         swapped = lambda carry, row: work(Token(group, row), carry)
-        carry, outs = jax.lax.scan(swapped, carry, row, reverse=reverse)
-        return carry, [jax.tree.map(lambda out, r=r: out[r], outs) for r in range(TILE)]
+        carry, found = jax.lax.scan(swapped, carry, TILE - 1 - steps if reverse else steps)
+        outs = [jax.tree.map(lambda out, n=n: out[n], found) for n in range(TILE)]
+        return carry, outs[::-1] if reverse else outs
     outs = [None] * TILE
     for r in reversed(range(TILE)) if reverse else range(TILE):
         carry, outs[r] = work(Token(group, r), carry)
