@@ -35,8 +35,9 @@ ACTIVATIONS: dict[str, tuple[str, ...] | None] = {
 @contextlib.contextmanager
 def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Within the block programs are traced for `mesh`, TPU kernels included."""
-    heads = (WEIGHTS["heads"],)
-    with jax.set_mesh(mesh), dispatch.layout(batch=ACTIVATIONS["batch"] or (), heads=heads):
+    heads = WEIGHTS["heads"]
+    split = dispatch.layout(batch=ACTIVATIONS["batch"] or (), heads=(heads,) if heads else ())
+    with jax.set_mesh(mesh), split:
         yield
 
 

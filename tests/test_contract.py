@@ -5,7 +5,6 @@ import pytest
 from models import catalogue
 from tests import contract
 
-
 # The checks of a configuration stay in one worker process: they share compiled programs.
 CONFIGS = [
     pytest.param(config, id=name, marks=pytest.mark.xdist_group(name))

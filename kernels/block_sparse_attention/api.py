@@ -111,7 +111,7 @@ def cached_block_sparse_attention(
         ("segments", segments, q.shape[:2]),
         ("kv_segments", kv_segments, k.shape[:2]),
     ):
-        if array is None and "segments" in name:
+        if array is None:  # segments may be left out
             continue
         if array.shape != legal or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(

@@ -1,6 +1,7 @@
 """FLOPs that block-sparse attention needs: its lists, not the reference's full matrix, tell."""
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,7 +13,7 @@ def block_sparse_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    indices: object,
+    indices: Any,
     *,
     block: int,
     query_block: int = 0,
@@ -44,7 +45,7 @@ def cached_block_sparse_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    indices: object,
+    indices: Any,
     *,
     block: int,
     positions: object,

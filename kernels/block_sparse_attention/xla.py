@@ -99,8 +99,9 @@ def _plan(q, block, query_block, causal, window, scale) -> Plan:
 def _attend(q, k, v, indices, edges, queries: Places, keys: Places, plan: Plan) -> Array:
     """The groups of rows one after another, each with lists of its own width."""
     length, blocks = q.shape[1], math.ceil(k.shape[1] / plan.block)
-    chosen = lists.distinct(indices, *edges, blocks)
-    chosen, found = lists.groups(chosen, *edges, blocks)
+    first, end = edges
+    chosen = lists.distinct(indices, first, end, blocks)
+    chosen, found = lists.groups(chosen, first, end, blocks)
     chosen_BLNM = _per_group(jnp.asarray(chosen), q.shape[0], k.shape[2])
     common = jnp.result_type(q, k, v)
     chosen_BLNM, queries, keys, q, k, v = _vary_alike(
@@ -114,10 +115,10 @@ def _attend(q, k, v, indices, edges, queries: Places, keys: Places, plan: Plan) 
     by_row = jax.tree.map(functools.partial(_cut, size=plan.query_block), (q, queries))
     outs = []
     for rows, width in found:
-        own = by_row, chosen_BLNM[..., :width].swapaxes(1, 2)
+        own, named = by_row, chosen_BLNM[..., :width].swapaxes(1, 2)
         if len(found) > 1:
-            own = jax.tree.map(lambda x, rows=rows: x[:, rows], own)
-        outs.append(_group(*own, k_BGNX, v_BGNX, keys, plan))
+            own, named = jax.tree.map(lambda x, rows=rows: x[:, rows], (own, named))
+        outs.append(_group(own, named, k_BGNX, v_BGNX, keys, plan))
     out_BNCHV = jnp.concatenate(outs, axis=1)
     if len(found) > 1:
         out_BNCHV = out_BNCHV[:, np.argsort(np.concatenate([rows for rows, _ in found]))]
@@ -154,7 +155,7 @@ def _group(by_row, chosen_BNLM, k_BGNX, v_BGNX, keys, plan) -> Array:
     queries = jax.tree.map(lambda x: rearrange(x, "b (j c) x -> j b c x", c=size), queries)
     out_JBGPCXV = _flash(q_JBGPCXK, k_BGNX, v_BGNX, chosen_JBGPCM, queries, keys, plan)
     out_BNCHV = rearrange(out_JBGPCXV, "j b g p c (r x) v -> b (j c) x (g p r) v", x=rows)
-    return out_BNCHV[:, :count]
+    return out_BNCHV[:, :count]  # pyright: ignore[reportIndexIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -135,7 +135,7 @@ def _multiply(x: Float[Array, "... S D"], size: int, start: int) -> Complex[Arra
     points = inner.shape[0]
     first, last = start // points, -(-(start + x.shape[-2]) // points)
     x = _pad(x, start - first * points, last * points - start - x.shape[-2])
-    matrix = np.concatenate([outer.real, outer.imag], axis=1)[first:last]
+    matrix = np.concatenate([np.real(outer), np.imag(outer)], axis=1)[first:last]
     if points == 1:
         return jax.lax.complex(*jnp.split(_dot("...ad,am->...md", x, matrix), 2, axis=-2))
     z_ABD = x.reshape(*x.shape[:-2], -1, points, x.shape[-1])
@@ -154,7 +154,7 @@ def _multiply_back(
     weights = np.full(outer.shape[1], 2.0)
     weights[0] = weights[outer.shape[0] // 2] = 1
     outer = outer * weights / size
-    matrix = np.concatenate([outer.real, outer.imag], axis=1)[first:last]
+    matrix = np.concatenate([np.real(outer), np.imag(outer)], axis=1)[first:last]
     if points == 1:
         parts = jnp.concatenate([spectrum.real, spectrum.imag], axis=-2)
         return _dot("...md,am->...ad", parts, matrix)
@@ -171,7 +171,8 @@ def _multiply_complex(
     z: Complex[Array, "... M B D"], matrix: np.ndarray
 ) -> Complex[Array, "... M B D"]:
     """The matrix, which is symmetric, times z along B, as one real product."""
-    both = np.block([[matrix.real, matrix.imag], [-matrix.imag, matrix.real]])
+    real, imag = np.real(matrix), np.imag(matrix)
+    both = np.block([[real, imag], [-imag, real]])
     parts = jnp.concatenate([z.real, z.imag], axis=-2)
     return jax.lax.complex(*jnp.split(_dot("...mbd,bl->...mld", parts, both), 2, axis=-2))
 

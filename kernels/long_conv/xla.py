@@ -13,6 +13,7 @@ fewer and shorter transforms, and up to 15 elementwise products of spectra a blo
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _between(form, x_BTD, taps_LD, segments, size, blocks):
     lags = min(blocks - 1, -(-(taps - 1) // near))
     halves_KSD = _fit(taps_LD, 0, (lags + 1) * near).reshape(lags + 1, near, -1)
     windows_KSD = jnp.concatenate([halves_KSD[:-1], halves_KSD[1:]], axis=1)
-    y_BGRSD = fourier.toeplitz(x_BGRSD, windows_KSD, leaving, form)
+    y_BGRSD: Any = fourier.toeplitz(x_BGRSD, windows_KSD, leaving, form)
     if into_BGRS1 is not None:
         y_BGRSD = jnp.where(into_BGRS1, y_BGRSD, 0)
     y_BGRSD = jnp.pad(y_BGRSD, ((0, 0), (0, 0), (1, 0), (0, size - near), (0, 0)))
