@@ -27,7 +27,8 @@ def test_implementations_are_the_files_of_the_folder(operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_named_implementation_is_the_one_that_runs(operation):
     for impl in dispatch.implementations(operation):
-        chosen = dispatch.choose(operation, operation, impl)
+        with dispatch.interpreting():  # a TPU kernel is refused elsewhere
+            chosen = dispatch.choose(operation, operation, impl)
         assert chosen is getattr(importlib.import_module(f"kernels.{operation}.{impl}"), operation)
         assert chosen.__module__ == f"kernels.{operation}.{impl}"
 
