@@ -18,7 +18,7 @@ from kernels.count import Walk
 
 def call(
     body: Callable,
-    *arrays: jax.Array,
+    *arrays: Any,
     grid: tuple[int, ...],
     ins: Sequence[pl.BlockSpec],
     outs: Sequence[pl.BlockSpec],

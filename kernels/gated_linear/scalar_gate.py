@@ -124,7 +124,8 @@ def decays(g_BGRC, within, lag=0):
     g_BGRC = jnp.where(mask.real[:, None, None], jnp.maximum(g_BGRC, FLOOR), 0)
     coarse = jnp.round(g_BGRC * GRAIN) / GRAIN
     parts = coarse, g_BGRC - coarse
-    write, read = ([_prefix(part, n) for part in parts] for n in (0, lag))
+    write = [_prefix(part, 0) for part in parts]
+    read = [_prefix(part, lag) for part in parts] if lag else write
     end = [part[..., -1:] for part in write]
 
     def decay(later, earlier):

@@ -65,7 +65,7 @@ def _by_chunks(inputs, segments, s_BHKV, scale, lag):
     q, _, v, log_decay = inputs
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
-    chunk = chunks.length_for(length, _longest(heads // groups * key_dim * value_dim))
+    chunk = chunks.length_for(length, _longest(length, heads // groups * key_dim * value_dim))
     inputs = chunks.pad(inputs, chunk)
     within = chunks.boundaries(chunks.pad(segments, chunk), chunk)
     if log_decay.ndim == 3:
@@ -79,9 +79,9 @@ def _by_chunks(inputs, segments, s_BHKV, scale, lag):
     return out[:, :length], s_BHKV
 
 
-def _longest(group_state: int) -> int:
+def _longest(length: int, group_state: int) -> int:
     """Measured on CPUs: 32, unless reading and writing states would weigh more than the pairs."""
-    return 64 if group_state > 1 << 13 else 32
+    return 64 if group_state > (1 << 13 if length > 1024 else 1 << 16) else 32
 
 
 def _one_token(q, k, v, log_decay, segments, s_BHKV, scale, lag):

@@ -74,7 +74,8 @@ def test_the_backward_walk_keeps_open_queries_apart(given, parts):
 
 def test_a_window_bounds_the_open_queries():
     walk = pallas_walk.backward_walk(rule_of(32768, True, 1024), 512, 0, 64)
-    assert walk.ring == 3
+    # Three blocks of queries see a block of keys; the first is done before the third begins.
+    assert walk.ring == 2
 
 
 def draw(length, heads, groups, dim, names):
