@@ -4,11 +4,14 @@ from pathlib import Path
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 KERNELS = Path(__file__).parents[1] / "kernels"
+# Linux ends a process that maps more than 65,530 areas; a compiled program keeps several.
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
 
 
 def checked_modules() -> list[str]:
@@ -23,3 +26,11 @@ def checked_modules() -> list[str]:
 
 
 jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped():
+    """Forgets compiled programs before they fill the address space and the process dies."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
