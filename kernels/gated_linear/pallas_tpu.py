@@ -7,8 +7,9 @@ for a backward pass it also writes the state that it entered with. The backward 
 last chunk to the first with the state's gradient in VMEM, reads those states, and computes
 everything else again.
 
-Arrays stay in HBM as they are, (B, T, heads * dim); a program takes the lanes of its heads.
-pallas_scalar.py and pallas_vector.py hold a chunk's mathematics.
+Arrays are (B, H, T, K): the compiler gives the projections before and after a call that layout for
+nothing, while heads side by side, (B, T, H K), would be copied. In VMEM a program's heads are put
+side by side. pallas_scalar.py and pallas_vector.py hold a chunk's mathematics.
 """
 
 import functools
@@ -18,12 +19,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, dispatch, tpu
 from kernels.gated_linear import pallas_scalar, pallas_vector
-from kernels.gated_linear.pallas_chunk import Form, mask, own_write, own_write_backward
+from kernels.gated_linear.pallas_chunk import Form, beside, mask, own_write, own_write_backward, part
 
 LANE, LONGEST, SHORTEST = 128, 128, 32  # the latter two are chunks
 LARGEST = 1 << 18  # key dim times value dim
@@ -85,24 +87,25 @@ def uncovered(function: str, q, k, v, log_decay, **_) -> str:
     room = VECTOR if log_decay.ndim == 4 else SCALAR
     count = heads_together(q.shape[2], heads, key, value, room)
     most = min(LARGEST, room.state * LONGEST // SHORTEST // q.dtype.itemsize)
+    widest = room.block * LONGEST // SHORTEST // q.dtype.itemsize
     if key * value > most or longest_chunk(count, key, value, q.dtype, room) < SHORTEST:
         return (
-            f"{heads} heads of key dim {key} and value dim {value}: a block of {count} does not "
-            f"fit into VMEM; multiples of 128 do, up to a product of {most}"
+            f"key dim {key} and value dim {value}: a head does not fit into VMEM; up to a product "
+            f"of {most} does, each at most {widest}"
         )
     return ""
 
 
 class Laid(NamedTuple):
-    """One device's arrays as the kernels read them; X is the lanes of all heads."""
+    """One device's arrays as the kernels read them: P programs of R heads, X lanes together."""
 
     marks: Int[Array, "B N 3 C"]
-    q: Float[Array, "B T X"]
-    k: Float[Array, "B T X"]
-    v: Float[Array, "B T X"]
-    gates: Float[Array, "B T X"] | Float[Array, "B P N H C"]  # vectors; scalars by program P
-    bonus: Float[Array, "1 X"]
-    state: Float[Array, "B K X"] | Float[Array, "B V X"]  # the latter for vector gates
+    q: Float[Array, "B G T K"]
+    k: Float[Array, "B G T K"]
+    v: Float[Array, "B H T V"]
+    gates: Float[Array, "B H T K"] | Float[Array, "B P N R C"]  # vectors; scalars
+    bonus: Float[Array, "P 1 X"]
+    state: Float[Array, "B P K X"] | Float[Array, "B P V X"]  # the latter for vector gates
 
 
 def _on_device(*, q, k, v, log_decay, bonus, segments, initial_state, scale):
@@ -114,43 +117,32 @@ def _on_device(*, q, k, v, log_decay, bonus, segments, initial_state, scale):
     shared = max(count * groups // heads, 1)
     form = Form(shared, count, key, value, scale, lag=0 if bonus is None else 1)
     chunk = chunk_length(length, longest_chunk(count, key, value, q.dtype, room))
-    flat = [x.reshape(batch, length, -1) for x in (q, k, v, log_decay)]
-    *tokens, gates = chunks.pad(flat, chunk)
-    if not vector:
-        gates = gates.astype(accumulator).reshape(batch, -1, chunk, heads // count, count)
-        gates = gates.transpose(0, 3, 1, 4, 2)
+    *tokens, gates = (chunks.pad(x, chunk) for x in (q, k, v, log_decay))
+    if vector:
+        gates = gates.swapaxes(1, 2)
+    else:
+        gates = gates.astype(accumulator)
+        gates = rearrange(gates, "b (n c) (p r) -> b p n r c", c=chunk, r=count)
     if bonus is None:
         bonus = jnp.zeros((heads, key))
-    order = (0, 3, 1, 2) if vector else (0, 2, 1, 3)
-    state = initial_state.astype(accumulator).transpose(order)
+    split, together = "b (p r) k v", "b p v (r k)" if vector else "b p k (r v)"
     laid = Laid(
         _marks(segments, batch, length, chunk),
-        *tokens,
+        *(x.swapaxes(1, 2) for x in tokens),
         gates,
-        bonus.astype(accumulator).reshape(1, -1),
-        state.reshape(*state.shape[:2], -1),
+        rearrange(bonus.astype(accumulator), "(p r) k -> p 1 (r k)", r=count),
+        rearrange(initial_state.astype(accumulator), f"{split} -> {together}", r=count),
     )
     out, final = _walk(form, laid)
-    final = final.reshape(state.shape).transpose([order.index(n) for n in range(4)])
-    return out[:, :length].reshape(v.shape), final
+    final = rearrange(final, f"{together} -> {split}", r=count)
+    return out.swapaxes(1, 2)[:, :length], final
 
 
 def heads_together(groups: int, heads: int, key: int, value: int, room: Room) -> int:
-    """The most heads a program that keep to `room.lanes`, of those whose blocks a TPU can cut out.
-
-    A program has whole groups or a part of one; a block has a multiple of 128 lanes, or all.
-    """
-    each = heads // groups
-
-    def legal(count):
-        shared = max(count // each, 1)
-        cuts = ((count, heads, value), (count, heads, key), (shared, groups, key))
-        whole = count % each == 0 or each % count == 0
-        return whole and all(n == every or n * dim % LANE == 0 for n, every, dim in cuts)
-
-    possible = [n for n in range(1, heads + 1) if heads % n == 0 and legal(n)]
-    fitting = [n for n in possible if n * _padded(key, value) <= room.lanes]
-    return max(fitting, default=possible[0])
+    """The most heads a program, whole groups or a part of one, that keep to `room.lanes`."""
+    each, most = heads // groups, room.lanes // _padded(key, value)
+    possible = (n for n in range(1, most + 1) if heads % n == 0)
+    return max((n for n in possible if n % each == 0 or each % n == 0), default=1)
 
 
 def _padded(key: int, value: int) -> int:
@@ -198,33 +190,36 @@ class Blocks(NamedTuple):
 def _blocks(form: Form, laid: Laid, at: Callable = lambda n: n) -> Blocks:
     """`at` gives the chunk of a step."""
     batch, count, _, chunk = laid.marks.shape
-    shared = laid.q.shape[2] // (form.groups * form.key)
-    programs = laid.v.shape[2] // (form.heads * form.value)
+    shared = laid.q.shape[1] // form.groups
+    programs = laid.state.shape[1]
     parts = programs // shared
-    depth, width = laid.state.shape[1], laid.state.shape[2] // programs
-    keys, values = form.heads * form.key, form.heads * form.value
+    whole = (None, None, *laid.state.shape[2:])
 
     def block(shape, index):
         return pl.BlockSpec(shape, lambda b, s, r, n: index(b, s, r, s * parts + r, at(n)))
 
-    q = block((None, chunk, form.groups * form.key), lambda b, s, r, p, n: (b, n, s))
-    gates = block((None, chunk, keys), lambda b, s, r, p, n: (b, n, p))
+    def by_head(heads, width, index):
+        return block((None, heads, chunk, width), lambda b, s, r, p, n: (b, index(s, p), n, 0))
+
+    q = by_head(form.groups, form.key, lambda s, p: s)
+    gates = by_head(form.heads, form.key, lambda s, p: p)
     if laid.gates.ndim == 5:
         gates = block((None, None, None, form.heads, chunk), lambda b, s, r, p, n: (b, p, n, 0, 0))
+    bonus = (None, 1, form.heads * form.key)
     return Blocks(
         grid=(batch, shared, parts, count),
         laid=Laid(
             marks=block((None, None, 3, chunk), lambda b, s, r, p, n: (b, n, 0, 0)),
             q=q,
             k=q,
-            v=block((None, chunk, values), lambda b, s, r, p, n: (b, n, p)),
+            v=by_head(form.heads, form.value, lambda s, p: p),
             gates=gates,
-            bonus=block((1, keys), lambda b, s, r, p, n: (0, p)),
-            state=block((None, depth, width), lambda b, s, r, p, n: (b, 0, p)),
+            bonus=block(bonus, lambda b, s, r, p, n: (p, 0, 0)),
+            state=block(whole, lambda b, s, r, p, n: (b, p, 0, 0)),
         ),
-        entering=block((None, None, depth, width), lambda b, s, r, p, n: (b, n, 0, p)),
-        dq=block((None, None, *q.block_shape[1:]), lambda b, s, r, p, n: (b, r, n, s)),
-        d_bonus=block((None, 1, keys), lambda b, s, r, p, n: (b, 0, p)),
+        entering=block((None, *whole), lambda b, s, r, p, n: (b, n, p, 0, 0)),
+        dq=block((None, *q.block_shape), lambda b, s, r, p, n: (b, r, s, n, 0)),
+        d_bonus=block((None, *bonus), lambda b, s, r, p, n: (b, p, 0, 0)),
     )
 
 
@@ -245,7 +240,6 @@ def _walk(form: Form, laid: Laid):
 
 def _forward(form, laid, save=False):
     """(o, final state), and if `save` the state that enters each chunk."""
-    at, state = _blocks(form, laid), laid.state
     at, state = _blocks(form, laid), laid.state
     entering = _type(state, state.shape[0], at.grid[3], *state.shape[1:])
     outputs = slice(3 if save else 2)
@@ -271,11 +265,25 @@ def _forward_body(form, mathematics, *refs):
     for ref in entering:
         ref[...] = state[...]
     seen = mask(laid.marks[...], form.lag, state.dtype)
-    tokens = laid.q[...], laid.k[...], laid.v[...]
-    out, state[...] = mathematics.forward(form, seen, *tokens, laid.gates[...], state[...])
+    *tokens, gates = (_read(ref) for ref in laid[1:5])
+    out, state[...] = mathematics.forward(form, seen, *tokens, gates, state[...])
     if form.lag:
         out += own_write(form, seen, *tokens, laid.bonus[...])
-    o[...] = out.astype(o.dtype)
+    _write(o, out)
+
+
+def _read(ref) -> jax.Array:
+    """A chunk's matrix; of an array by head, the lanes of its heads side by side."""
+    return beside([*ref[...]]) if len(ref.shape) == 3 else ref[...]
+
+
+def _write(ref, x: jax.Array) -> None:
+    """The inverse of `_read`."""
+    if len(ref.shape) == 2:
+        ref[...] = x.astype(ref.dtype)
+    else:
+        for h in range(ref.shape[0]):
+            ref[h] = part(x, ref.shape[2], h).astype(ref.dtype)
 
 
 def _save(form, laid):
@@ -314,16 +322,16 @@ def _backward_body(form, mathematics, *refs):
         d_bonus[...] = jnp.zeros_like(d_bonus)
 
     seen = mask(laid.marks[...], form.lag, d_state.dtype)
-    tokens = laid.q[...], laid.k[...], laid.v[...]
+    *tokens, gates, slope = (_read(ref) for ref in (*laid[1:5], do))
     *gradients, d_state[...] = mathematics.backward(
-        form, seen, *tokens, laid.gates[...], laid.state[...], do[...], d_state[...]
+        form, seen, *tokens, gates, laid.state[...], slope, d_state[...]
     )
     if form.lag:
-        *own, du = own_write_backward(form, seen, *tokens, laid.bonus[...], do[...])
+        *own, du = own_write_backward(form, seen, *tokens, laid.bonus[...], slope)
         gradients[:3] = [x + y for x, y in zip(gradients[:3], own, strict=True)]
         d_bonus[...] += du
     for ref, gradient in zip(d_laid, gradients, strict=True):
-        ref[...] = gradient.astype(ref.dtype)
+        _write(ref, gradient)
 
 
 _walk.defvjp(_save, _backward)
