@@ -13,8 +13,9 @@ keys after another, with dk and dv of that block in VMEM and, there too, dq of a
 not done; each score is formed once and serves all three. Where dq would not fit, the queries are
 split over several calls.
 
-Arrays stay in HBM as they are, (B, T, heads * dim); a program takes the lanes of its heads. What
-belongs to single tokens travels as rows, (C,) to a block.
+Arrays are (B, H, T, K): the compiler gives the projections before and after a call that layout for
+nothing, while heads side by side, (B, T, H K), would be copied. What belongs to single tokens
+travels as rows, (C,) to a block.
 """
 
 import functools
@@ -95,7 +96,7 @@ class Room(NamedTuple):
     """What a program may take of the VMEM of the generation at hand."""
 
     block: int  # tokens
-    lanes: int  # of its heads, if so few can be cut out
+    lanes: int  # of its heads, each padded to 128; at least one
     open_bytes: int  # for the gradients of queries that are not done
 
 
@@ -115,76 +116,56 @@ class Form(NamedTuple):
 
     def group(self, h: Any) -> Any:
         """Whose key and value head h reads, among the program's groups."""
-        if isinstance(h, int):
-            return h * self.groups // self.heads
         return jax.lax.div(h * np.int32(self.groups), np.int32(self.heads))
 
 
 class Laid(NamedTuple):
-    """One device's arrays as the kernels read them; X is the lanes of all heads, P programs."""
+    """One device's arrays as the kernels read them: P programs of R heads."""
 
-    q: Float[Array, "B T X"]
-    k: Float[Array, "B T X"]
-    v: Float[Array, "B T X"]
+    q: Float[Array, "B H T K"]
+    k: Float[Array, "B G T K"]
+    v: Float[Array, "B G T V"]
     marks: Int[Array, "B N 3 C"] | None  # the first and last key that a query sees; a key's place
-    sinks: Float[Array, "P H 1"] | None
-    sums: Float[Array, "B P N 2H C"] | None  # of gates: all heads' high parts, then the low ones
+    sinks: Float[Array, "P R 1"] | None
+    sums: Float[Array, "B P N 2R C"] | None  # of gates: all heads' high parts, then the low ones
 
 
 def _on_device(*, q, k, v, segments=None, sinks=None, log_forget=None, rule: Rule):
     """One device's rows and heads: lay the arrays out, run, and lay the result back."""
-    (batch, length, heads, key), (groups, value) = q.shape, v.shape[2:]
+    (length, heads, key), (groups, value) = q.shape[1:], v.shape[2:]
     common = jnp.result_type(q, k, v)
     wide = jnp.promote_types(common, jnp.float32)
     form = choose_form(
         groups, heads, key, value, min(block_length(length, rule.window), room().block)
     )
-    flat = [x.astype(common).reshape(batch, length, -1) for x in (q, k, v)]
     sums = None
     if log_forget is not None:
         parts = scores.forget_sums(log_forget.astype(wide), segments)
         sums = jnp.concatenate([_per_token(form, x) for x in parts], axis=3)
     laid = Laid(
-        *chunks.pad(flat, form.block),
+        *(chunks.pad(x.astype(common), form.block).swapaxes(1, 2) for x in (q, k, v)),
         None if segments is None else _marks(form.block, rule, segments),
         None if sinks is None else sinks.astype(wide).reshape(-1, form.heads, 1),
         sums,
     )
-    return _flash(form, rule, laid)[:, :length].reshape(*q.shape[:3], value).astype(v.dtype)
+    return _flash(form, rule, laid).swapaxes(1, 2)[:, :length].astype(v.dtype)
 
 
 def choose_form(groups: int, heads: int, key: int, value: int, block: int) -> Form:
-    """The most heads a program that keep to `room`, of those whose blocks a TPU can cut out.
+    """The most heads a program, whole groups or a part of one, that keep to `room`.
 
-    A program has whole groups or a part of one; a block has a multiple of 128 lanes, or all. Many
-    lanes have shorter blocks.
+    A head that is wider has shorter blocks.
     """
-    each = heads // groups
-
-    def legal(count):
-        shared = max(count // each, 1)
-        cuts = (
-            (n, every, dim)
-            for n, every in ((count, heads), (shared, groups))
-            for dim in (key, value)
-        )
-        whole = count % each == 0 or each % count == 0
-        return whole and all(n == every or n * dim % LANE == 0 for n, every, dim in cuts)
-
-    possible = [n for n in range(1, heads + 1) if heads % n == 0 and legal(n)]
-    lanes = room().lanes
-    fitting = [n for n in possible if n * max(value, key) <= lanes]
-    count = max(fitting, default=possible[0])
-    while block > LEAST and block * count * max(value, key) > 1024 * lanes:
+    each, lanes = heads // groups, room().lanes
+    wide = -(-max(key, value) // LANE) * LANE
+    possible = (n for n in range(1, lanes // wide + 1) if heads % n == 0)
+    count = max((n for n in possible if n % each == 0 or each % n == 0), default=1)
+    while block > LEAST and block * count * wide > 1024 * lanes:
         block //= 2
     return Form(max(count // each, 1), count, key, value, block)
 
 
-def _lanes(head: int, width: int) -> slice:
-    return slice(head * width, (head + 1) * width)
-
-
-def _per_token(form: Form, x_BTH: Array) -> Float[Array, "B P N H C"]:
+def _per_token(form: Form, x_BTH: Array) -> Float[Array, "B P N R C"]:
     """One number a head and token, as rows of a program's heads for each block."""
     x_BTH = chunks.pad(x_BTH, form.block)
     batch, _, heads = x_BTH.shape
@@ -192,10 +173,10 @@ def _per_token(form: Form, x_BTH: Array) -> Float[Array, "B P N H C"]:
     return split.transpose(0, 3, 1, 4, 2)
 
 
-def _from_rows(x_BPNHC: Array) -> Float[Array, "B T H"]:
+def _from_rows(x_BPNRC: Array) -> Float[Array, "B T H"]:
     """The inverse of `_per_token`."""
-    batch, programs, count, heads, block = x_BPNHC.shape
-    return x_BPNHC.transpose(0, 2, 4, 1, 3).reshape(batch, count * block, programs * heads)
+    batch, programs, count, heads, block = x_BPNRC.shape
+    return x_BPNRC.transpose(0, 2, 4, 1, 3).reshape(batch, count * block, programs * heads)
 
 
 def _marks(block: int, rule: Rule, segments) -> Int[Array, "B N 3 C"]:
@@ -266,8 +247,7 @@ def _launch(
 
 def _grid(form: Form, laid: Laid) -> tuple[int, int, int]:
     """(rows, blocks of groups, parts of such a block's heads)."""
-    shared = laid.k.shape[2] // (form.groups * form.key)
-    programs = laid.q.shape[2] // (form.heads * form.key)
+    shared, programs = laid.k.shape[1] // form.groups, laid.q.shape[1] // form.heads
     return laid.q.shape[0], shared, programs // shared
 
 
@@ -304,6 +284,7 @@ def _given(form: Form, laid: Laid, walk: Walk, cut: Callable) -> dict[str, Part]
     def part(x, shape, index):
         return None if x is None else (x, cut(shape, index))
 
+    queries, keys = (None, heads, size, form.key), (None, groups, size, form.key)
     marks, sums = (None, None, 3, size), (None, None, None, 2 * heads, size)
     live = None
     if laid.marks is not None:
@@ -312,9 +293,9 @@ def _given(form: Form, laid: Laid, walk: Walk, cut: Callable) -> dict[str, Part]
         live = _live(laid.marks, walk), in_scalars
     return {
         "live": live,
-        "q": part(laid.q, (None, size, heads * form.key), lambda at: (at.row, at.query, at.head)),
-        "k": part(laid.k, (None, size, groups * form.key), lambda at: (at.row, at.key, at.group)),
-        "v": part(laid.v, (None, size, groups * form.value), lambda at: (at.row, at.key, at.group)),
+        "q": part(laid.q, queries, lambda at: (at.row, at.head, at.query, 0)),
+        "k": part(laid.k, keys, lambda at: (at.row, at.group, at.key, 0)),
+        "v": part(laid.v, (*keys[:3], form.value), lambda at: (at.row, at.group, at.key, 0)),
         "q_marks": part(laid.marks, marks, lambda at: (at.row, at.query, 0, 0)),
         "k_marks": part(laid.marks, marks, lambda at: (at.row, at.key, 0, 0)),
         "sinks": part(laid.sinks, (None, heads, 1), lambda at: (at.head, 0, 0)),
@@ -345,13 +326,13 @@ def _save(form, rule, laid):
 
 
 def _forward(form, rule, laid, save):
-    """The output (B, T, X), and if `save` each query's log-sum-exp and whether it is unsure."""
+    """The output (B, H, T, V), and if `save` each query's log-sum-exp and whether it is unsure."""
     batch, shared, parts = grid = _grid(form, laid)
     cut, size, wide = _cutter(parts), form.block, jnp.promote_types(laid.q.dtype, jnp.float32)
-    length, programs, walk = laid.q.shape[1], shared * parts, forward_walk(rule, size)
-    o = jax.ShapeDtypeStruct((batch, length, programs * form.heads * form.value), laid.v.dtype)
+    length, programs, walk = laid.q.shape[2], shared * parts, forward_walk(rule, size)
+    o = jax.ShapeDtypeStruct((*laid.q.shape[:3], form.value), laid.v.dtype)
     stats = jax.ShapeDtypeStruct((batch, programs, length // size, 2 * form.heads, size), wide)
-    o_block = (None, size, form.heads * form.value)
+    o_block = (None, form.heads, size, form.value)
     stats_block = (None, None, None, 2 * form.heads, size)
     return _launch(
         "attention_forward",
@@ -361,7 +342,7 @@ def _forward(form, rule, laid, save):
         walk,
         _given(form, laid, walk, cut),
         {
-            "o": (o, cut(o_block, lambda at: (at.row, at.query, at.head))),
+            "o": (o, cut(o_block, lambda at: (at.row, at.head, at.query, 0))),
             "stats": (stats, cut(stats_block, lambda at: (at.row, at.head, at.query, 0, 0)))
             if save
             else None,
@@ -402,10 +383,10 @@ def _forward_body(form: Form, rule: Rule, refs, n, marks, i, j):
             keep_1C = jnp.exp(unit * (before_1C - top_1C))
             refs.top[row] = top_1C
             refs.sum[row] = keep_1C * refs.sum[row] + p_SC.sum(axis=0, keepdims=True)
-            v_SV = _lanes_of(refs.v, g, form.value)
-            refs.acc[h] = keep_1C * refs.acc[h] + _product("sv,sc->vc", v_SV, p_SC, refs.v.dtype)
+            read_VC = _product("sv,sc->vc", refs.v[g], p_SC, refs.v.dtype)
+            refs.acc[h] = keep_1C * refs.acc[h] + read_VC
 
-        _each_head(form, visit)
+        jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
 
     _take(refs, n, marks, step)
 
@@ -414,7 +395,7 @@ def _forward_body(form: Form, rule: Rule, refs, n, marks, i, j):
         sum_HC = jnp.where(refs.sum[...] > 0, refs.sum[...], 1)
         for h in range(form.heads):
             o_VC = refs.acc[h] / sum_HC[h : h + 1]
-            refs.o[:, _lanes(h, form.value)] = o_VC.T.astype(refs.o.dtype)
+            refs.o[h] = o_VC.T.astype(refs.o.dtype)
         if refs.stats is not None:
             mixed_HC = sum_HC != 1
             if refs.sinks is not None:
@@ -426,7 +407,7 @@ def _forward_body(form: Form, rule: Rule, refs, n, marks, i, j):
 def _backward(form, rule, saved, d_out):
     laid, out, stats = saved
     heads, itemsize = form.heads, stats.dtype.itemsize
-    count = laid.q.shape[1] // form.block
+    count = laid.q.shape[2] // form.block
     most = max(1, room().open_bytes // (form.block * heads * form.key * itemsize))
     all_at_once = backward_walk(rule, form.block, 0, count).ring <= most
     each = count if all_at_once else math.ceil(count / math.ceil(count / most))
@@ -435,7 +416,7 @@ def _backward(form, rule, saved, d_out):
         _backward_call(form, rule, laid, given, first, min(each, count - first))
         for first in range(0, count, each)
     ]
-    dq = jnp.concatenate([call["dq"] for call in calls], axis=1)
+    dq = jnp.concatenate([call["dq"] for call in calls], axis=2)
     dk, dv = (
         sum(call[name] for call in calls).sum(axis=1).astype(dq.dtype) for name in ("dk", "dv")
     )
@@ -460,7 +441,7 @@ def _backward_call(form, rule, laid, given, first, count):
     out, d_out, stats = given
     cut, size, wide = _cutter(parts), form.block, stats.dtype
     groups, heads, key, value = form[:4]
-    whole = count * size == laid.q.shape[1] and parts == 1
+    whole = count * size == laid.q.shape[2] and parts == 1
 
     def rows(blocks, index):
         shape = (batch, shared * parts, blocks, heads, size)
@@ -468,16 +449,16 @@ def _backward_call(form, rule, laid, given, first, count):
         return jax.ShapeDtypeStruct(shape, wide), at
 
     def of_keys(width):
-        shape = (batch, parts, (stop - start) * size, shared * groups * width)
+        shape = (batch, parts, shared * groups, (stop - start) * size, width)
         at = cut(
-            (None, None, size, groups * width),
-            lambda at: (at.row, at.part, at.key - start, at.group),
+            (None, None, groups, size, width),
+            lambda at: (at.row, at.part, at.group, at.key - start, 0),
         )
         return jax.ShapeDtypeStruct(shape, laid.k.dtype if whole else wide), at
 
-    values, stats_block = (None, size, heads * value), (None, None, None, 2 * heads, size)
-    dq = jax.ShapeDtypeStruct((batch, count * size, laid.q.shape[2]), laid.q.dtype)
-    dq_block = cut((None, size, heads * key), lambda at: (at.row, at.closed - first, at.head))
+    values, stats_block = (None, heads, size, value), (None, None, None, 2 * heads, size)
+    dq = jax.ShapeDtypeStruct((*laid.q.shape[:2], count * size, key), laid.q.dtype)
+    dq_block = cut((None, heads, size, key), lambda at: (at.row, at.head, at.closed - first, 0))
     forgets = laid.sums is not None
     found = _launch(
         "attention_backward",
@@ -487,8 +468,8 @@ def _backward_call(form, rule, laid, given, first, count):
         walk,
         _given(form, laid, walk, cut)
         | {
-            "o": (out, cut(values, lambda at: (at.row, at.opened, at.head))),
-            "do": (d_out, cut(values, lambda at: (at.row, at.query, at.head))),
+            "o": (out, cut(values, lambda at: (at.row, at.head, at.opened, 0))),
+            "do": (d_out, cut(values, lambda at: (at.row, at.head, at.query, 0))),
             "stats": (stats, cut(stats_block, lambda at: (at.row, at.head, at.query, 0, 0))),
         },
         {
@@ -508,8 +489,8 @@ def _backward_call(form, rule, laid, given, first, count):
             "sum_dk_sums": ((heads, size), wide) if forgets else None,
         },
     )
-    missing = laid.q.shape[1] // size - stop
-    for name, axis, unit in (("dk", 2, size), ("dv", 2, size), ("dk_sums", 2, 1)):
+    missing = laid.q.shape[2] // size - stop
+    for name, axis, unit in (("dk", 3, size), ("dv", 3, size), ("dk_sums", 2, 1)):
         if name in found:
             widths = [(0, 0)] * found[name].ndim
             widths[axis] = (start * unit, missing * unit)
@@ -534,8 +515,7 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
             if ref is not None:
                 ref[slot] = jnp.zeros(ref.shape[1:], ref.dtype)
         for h in range(form.heads):
-            values, wide = _lanes(h, form.value), refs.open_delta.dtype
-            product_CV = refs.o[:, values].astype(wide) * refs.do[:, values].astype(wide)
+            product_CV = refs.o[h].astype(refs.open_delta.dtype) * refs.do[h]
             refs.open_delta[slot, h : h + 1] = product_CV.T.sum(axis=0, keepdims=True)
         if refs.delta is not None:
             refs.delta[...] = refs.open_delta[slot]
@@ -550,8 +530,7 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
             if masked:
                 s_SC = jnp.where(seen_SC, s_SC, -jnp.inf)
             p_SC = jnp.exp(s_SC)
-            v_SV, do_CV = _lanes_of(refs.v, g, form.value), _lanes_of(refs.do, h, form.value)
-            dp_SC = _product("sv,cv->sc", v_SV, do_CV, dtype)
+            dp_SC = _product("sv,cv->sc", refs.v[g], refs.do[h], dtype)
             mixed_1C = refs.stats[pl.ds(form.heads + h, 1)]
             ds_SC = p_SC * (dp_SC - refs.open_delta[slot, row]) * mixed_1C
             if refs.dq_sums is not None:
@@ -559,29 +538,25 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
                 refs.sum_dk_sums[row] -= _turned(ds_SC.sum(axis=1, keepdims=True))
             if rule.softcap:
                 ds_SC *= scores.slope(rule.scale * a_SC, rule.softcap)
-            k_SK, q_CK = _lanes_of(refs.k, g, form.key), _lanes_of(refs.q, h, form.key)
-            refs.open_dq[slot, h] += _product("sk,sc->kc", k_SK, ds_SC, dtype)
-            refs.sum_dk[g] += _product("sc,ck->sk", ds_SC, q_CK, dtype)
-            refs.sum_dv[g] += _product("sc,cv->sv", p_SC, do_CV, dtype)
+            refs.open_dq[slot, h] += _product("sk,sc->kc", refs.k[g], ds_SC, dtype)
+            refs.sum_dk[g] += _product("sc,ck->sk", ds_SC, refs.q[h], dtype)
+            refs.sum_dv[g] += _product("sc,cv->sv", p_SC, refs.do[h], dtype)
 
-        _each_head(form, visit)
+        jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
 
     _take(refs, n, marks, step)
 
     @pl.when(marks & LAST != 0)
     def _():
-        for g in range(form.groups):
-            dk_SK, dv_SV = rule.scale * refs.sum_dk[g], refs.sum_dv[g]
-            refs.dk[:, _lanes(g, form.key)] = dk_SK.astype(refs.dk.dtype)
-            refs.dv[:, _lanes(g, form.value)] = dv_SV.astype(refs.dv.dtype)
+        refs.dk[...] = (rule.scale * refs.sum_dk[...]).astype(refs.dk.dtype)
+        refs.dv[...] = refs.sum_dv[...].astype(refs.dv.dtype)
         if refs.dk_sums is not None:
             refs.dk_sums[...] = refs.sum_dk_sums[...]
 
     @pl.when(marks & CLOSES != 0)
     def _():
         for h in range(form.heads):
-            dq_CK = rule.scale * refs.open_dq[slot, h].T
-            refs.dq[:, _lanes(h, form.key)] = dq_CK.astype(refs.dq.dtype)
+            refs.dq[h] = (rule.scale * refs.open_dq[slot, h].T).astype(refs.dq.dtype)
         if refs.dq_sums is not None:
             refs.dq_sums[...] = refs.open_dq_sums[slot]
 
@@ -618,9 +593,7 @@ def _unit(rule: Rule, refs) -> float:
 
 def _scores(form: Form, rule: Rule, refs, h) -> tuple[jax.Array, jax.Array]:
     """A head's products (S, C), and its scores, in units of `_unit`."""
-    q_CK = _lanes_of(refs.q, h, form.key)
-    k_SK = _lanes_of(refs.k, form.group(h), form.key)
-    a_SC = _product("sk,ck->sc", k_SK, q_CK, refs.q.dtype)
+    a_SC = _product("sk,ck->sc", refs.k[form.group(h)], refs.q[h], refs.q.dtype)
     if not rule.softcap and refs.q_sums is None:
         return a_SC, a_SC
     s_SC = rule.scale * a_SC
@@ -633,40 +606,6 @@ def _scores(form: Form, rule: Rule, refs, h) -> tuple[jax.Array, jax.Array]:
         )
         s_SC += high_SC + low_SC
     return a_SC, s_SC
-
-
-def _each_head(form: Form, visit: Callable) -> None:
-    """`visit` every head: in a loop where lanes can be cut out by a number known at run time."""
-    parts = ((n, dim) for n in (form.heads, form.groups) for dim in (form.key, form.value))
-    if form.heads > 1 and all(_tile(n * dim, dim) for n, dim in parts):
-        jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
-    else:
-        for h in range(form.heads):
-            visit(h)
-
-
-def _tile(lanes: int, width: int) -> int:
-    """How many of all lanes to read at once for one part of them; 0 if parts straddle tiles."""
-    if width % LANE == 0:
-        return width
-    tile = min(lanes, LANE)
-    return tile if tile % width == 0 and lanes % tile == 0 else 0
-
-
-def _lanes_of(ref, n, width: int) -> jax.Array:
-    """Part n of the lanes, each `width` wide; only whole tiles can be cut out at run time."""
-    if isinstance(n, int):
-        return ref[:, _lanes(n, width)]
-    size = _tile(ref.shape[1], width)
-    each = np.int32(size // width)
-    if size == ref.shape[1]:
-        tile = ref[...]
-    else:
-        tile = ref[:, pl.ds(pl.multiple_of(jax.lax.div(n, each) * size, LANE), size)]
-    found = tile[:, :width]
-    for m in range(1, each):
-        found = jnp.where(jax.lax.rem(n, each) == m, tile[:, _lanes(m, width)], found)
-    return found
 
 
 def _turned(x: jax.Array) -> jax.Array:

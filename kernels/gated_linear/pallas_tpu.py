@@ -25,7 +25,14 @@ from jaxtyping import Array, Float, Int
 
 from kernels import chunks, dispatch, tpu
 from kernels.gated_linear import pallas_scalar, pallas_vector
-from kernels.gated_linear.pallas_chunk import Form, beside, mask, own_write, own_write_backward, part
+from kernels.gated_linear.pallas_chunk import (
+    Form,
+    beside,
+    mask,
+    own_write,
+    own_write_backward,
+    part,
+)
 
 LANE, LONGEST, SHORTEST = 128, 128, 32  # the latter two are chunks
 LARGEST = 1 << 18  # key dim times value dim

@@ -121,7 +121,7 @@ def test_queries_split_over_several_calls(names, options, monkeypatch):
     assert_matches_reference(draw(600, 4, 2, 16, names), **options)
 
 
-def test_heads_in_a_loop_that_share_a_tile_of_lanes():
+def test_programs_of_some_heads():
     assert_matches_reference(draw(300, 8, 2, 64, ()))
 
 
