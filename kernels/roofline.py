@@ -3,8 +3,8 @@
 XLA's own analysis counts a loop's body once. This reads the optimised program's text instead:
 every instruction moves its operands and its result unless they lie in on-chip memory, a fusion that
 only slices an operand moves the slice, one that updates an array in place moves the update, and a
-`while` moves what its body moves as often as it runs. Bytes are of the arrays, without the padding
-of tiles.
+`while` moves what its body moves as often as it runs. Bytes are of the tiles that hold an array: 64
+lanes of a tile's 128 count as 128.
 """
 
 import functools
@@ -27,7 +27,8 @@ _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 class Array(NamedTuple):
     """One array of an instruction's result."""
 
-    size: int  # bytes
+    size: int  # bytes, of whole tiles
+    content: int  # bytes without padding
     on_chip: bool
 
 
@@ -74,9 +75,22 @@ def _arrays(shape: str) -> tuple[Array, ...]:
     found = []
     for kind, dims, layout in _ARRAY.findall(shape):
         bits = BITS.get(kind) or int(re.sub(r"\D", "", kind.split("e")[0]) or 0)
-        size = math.prod(int(d) for d in dims.split(",") if d) * bits // 8
-        found.append(Array(size, re.search(r"S\([1-9]\)", layout) is not None))
+        sizes = [int(d) for d in dims.split(",") if d]
+        size, content = (math.prod(x) * bits // 8 for x in (_padded(sizes, layout), sizes))
+        found.append(Array(size, content, re.search(r"S\([1-9]\)", layout) is not None))
     return tuple(found)
+
+
+def _padded(sizes: list[int], layout: str) -> list[int]:
+    """Sizes of an array in memory: a layout is its dimensions, minor first, and its tile."""
+    found = re.match(r"([\d,]+):T\(([\d,]+)\)", layout)
+    if not found:
+        return sizes
+    order, tile = ([int(n) for n in text.split(",")] for text in found.groups())
+    padded = list(sizes)
+    for dim, unit in zip(order, reversed(tile), strict=False):
+        padded[dim] = -(-padded[dim] // unit) * unit
+    return padded
 
 
 def hbm_bytes(text: str) -> int:
@@ -132,7 +146,7 @@ def _plain(computation: Computation, one: Instruction) -> int:
     if one.opcode in _FREE or "AllocateBuffer" in one.text:
         return 0
     if one.opcode == "custom-call" and (cost := re.search(r'"bytes_accessed":"(\d+)"', one.text)):
-        return int(cost[1])
+        return round(int(cost[1]) * _padding(computation, one))
     results = sum(a.size for a in one.arrays if not a.on_chip)
     if one.opcode.endswith("-start"):
         return results  # a pair of source and destination
@@ -142,6 +156,13 @@ def _plain(computation: Computation, one: Instruction) -> int:
     if one.opcode == "dynamic-update-slice":
         return _share(sources[1]) + _share(one, sum(a.size for a in sources[1].arrays))
     return results + sum(_share(source) for source in sources)
+
+
+def _padding(computation: Computation, one: Instruction) -> float:
+    """By what tiles make a kernel's arrays larger; a kernel states bytes without padding."""
+    sources = (computation[n] for n in one.operands if n in computation)
+    arrays = [*one.arrays, *(a for source in sources for a in source.arrays)]
+    return sum(a.size for a in arrays) / max(1, sum(a.content for a in arrays))
 
 
 def _share(source: Instruction, size: int | None = None) -> int:

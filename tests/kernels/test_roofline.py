@@ -97,3 +97,34 @@ ENTRY %main (a: f32[64,128]) -> f32[64,128] {{
 }}
 """
     assert roofline.hbm_bytes(text) == 1234
+
+
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [
+        ("bf16[3,5,100,64]{3,2,1,0:T(8,128)(2,1)}", 3 * 5 * 104 * 128 * 2),
+        ("bf16[3,5,100,64]{2,3,1,0:T(8,128)(2,1)}", 3 * 5 * 128 * 64 * 2),
+        ("f32[7]{0:T(128)}", 128 * 4),
+        ("f32[100,64]{1,0}", 100 * 64 * 4),
+    ],
+)
+def test_arrays_count_with_the_padding_of_their_tiles(array, size):
+    text = f"""HloModule jit_p
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {{
+  ROOT %made = {array} rng-bit-generator()
+}}
+"""
+    assert roofline.hbm_bytes(text) == size
+
+
+def test_a_kernels_estimate_grows_with_the_padding_of_its_arrays():
+    estimate = '{"cost_estimate":{"bytes_accessed":"1000"}}'
+    text = f"""HloModule jit_h
+
+ENTRY %main (a: f32[64,128]) -> f32[64,64] {{
+  %a = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  ROOT %k = f32[64,64]{{1,0:T(8,128)}} custom-call(%a), backend_config={estimate}
+}}
+"""
+    assert roofline.hbm_bytes(text) == round(1000 * (128 + 128) / (128 + 64))
