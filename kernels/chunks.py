@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from kernels import segments as packed
+from kernels import vary
 
 
 class Boundaries(NamedTuple):
@@ -84,8 +85,7 @@ def scan(body: Callable, chunk: int, carry: PyTree, inputs: PyTree, fixed: PyTre
     `body` must not close over traced values. Works inside `jax.shard_map`, where everything comes
     to vary over every axis that anything varies over.
     """
-    axes = _varying((carry, inputs, fixed))
-    return _scan(body, chunk, _vary(carry, axes), _vary(inputs, axes), _vary(fixed, axes))
+    return _scan(body, chunk, *vary.together((carry, inputs, fixed)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -99,7 +99,7 @@ def _forward(body, chunk, carry, inputs, fixed, save=True):
     first = _cut((inputs, fixed), 0, chunk)
     one = jax.eval_shape(body, carry, *first)[1]
     out = jnp.zeros((one.shape[0], count * chunk, *one.shape[2:]), one.dtype)
-    out = _vary(out, _varying(carry))
+    out = vary.like(out, carry)
 
     def step(state, n):
         carry, out = state
@@ -123,8 +123,7 @@ def _backward(body, chunk, saved, cotangents):
         d_carry, d_part = pull((d_carry, d_part))
         return (d_carry, _put(d_inputs, d_part, n, chunk)), None
 
-    axes = _varying(carries)
-    start = _vary((d_carry, jax.tree.map(jnp.zeros_like, inputs)), axes)
+    start = vary.like((d_carry, jax.tree.map(jnp.zeros_like, inputs)), carries)
     (d_carry, d_inputs), _ = jax.lax.scan(step, start, (jnp.arange(count), carries), reverse=True)
     return d_carry, d_inputs, None
 
@@ -137,20 +136,6 @@ def _put(tree, parts, n, chunk):
     return jax.tree.map(
         lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, n * chunk, axis=1), tree, parts
     )
-
-
-def _varying(tree) -> frozenset:
-    """The mesh axes of `shard_map` over which any leaf varies."""
-    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree))
-    return frozenset().union(*axes)
-
-
-def _vary(tree, axes: frozenset):
-    def cast(leaf):
-        missing = tuple(sorted(axes - _varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, tree)
 
 
 _scan.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import dispatch, vary
 from kernels.count import Walk
 
 
@@ -38,9 +38,10 @@ def call(
     run time alone, `copies` bounds how often it is copied, one number a block (inputs, then
     outputs); without it every step counts as one. `vmem` in bytes raises the compiler's limit.
     """
-    varying = _varying((arrays, lists))
+    arrays = vary.together(arrays)
+    kind = jax.typeof(arrays[0]).manual_axis_type if vary.axes(arrays) else None
     shapes = [
-        jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=varying) if varying else o
+        jax.ShapeDtypeStruct(o.shape, o.dtype, manual_axis_type=kind) if kind else o
         for o in out_types
     ]
     kinds = {"p": pltpu.PARALLEL, "a": pltpu.ARBITRARY}
@@ -136,13 +137,6 @@ def _depends_on_lists(index_map, grid, lists) -> bool:
     return any(v in used for v in traced.jaxpr.invars[len(grid) :])
 
 
-def _varying(tree):
-    """The union of what the arrays vary over inside a `shard_map`; None outside."""
-    found = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree)]
-    axes = frozenset().union(*(kind.varying for kind in found))
-    return next((kind for kind in found if kind.varying == axes), None) if axes else None
-
-
 def over_mesh(
     function: Callable,
     arguments: Mapping[str, Any],
@@ -154,7 +148,7 @@ def over_mesh(
     `dims` gives an array a letter a dimension: b is split over the batch axes of `dispatch.layout`,
     h, g (heads and the groups they share) and d (channels) over its heads axes, all others are
     whole. A dimension that does not divide evenly stays whole, and with it all heads, on every
-    device.
+    device; a single group stays whole and leaves its heads split.
     Mosaic kernels cannot be partitioned by the compiler, so a mesh without a `layout` raises.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -162,6 +156,7 @@ def over_mesh(
             if kind != AxisType.Manual and mesh.shape[axis] > 1]  # fmt: skip
     arrays = {name: x for name, x in arguments.items() if name in dims and x is not None}
     rest = {name: x for name, x in arguments.items() if name not in arrays}
+    letters = {name: _letters(dims[name], x.shape) for name, x in arrays.items()}
     if not auto:
         return function(**arrays, **rest)
     split_over = dispatch.current_layout()
@@ -171,15 +166,15 @@ def over_mesh(
             f"which of them split rows and heads; call it within kernels.dispatch.layout(...)."
         )
     axes = dict(zip("bh", split_over, strict=True))
-    split = {"b": _that_divide(arrays, dims, "b", mesh, axes["b"])}
-    heads = _that_divide(arrays, dims, "hgd", mesh, axes["h"])
+    split = {"b": _that_divide(arrays, letters, "b", mesh, axes["b"])}
+    heads = _that_divide(arrays, letters, "hgd", mesh, axes["h"])
     split |= dict.fromkeys("hgd", heads)
 
     def spec(letters):
-        return P(*(split.get(letter) or None for letter in letters.split()))
+        return P(*(split.get(letter) or None for letter in letters))
 
-    specs = {name: spec(dims[name]) for name in arrays}
-    result: tuple[P, ...] = tuple(spec(letters) for letters in outputs)
+    specs = {name: spec(letters[name]) for name in arrays}
+    result: tuple[P, ...] = tuple(spec(letters.split()) for letters in outputs)
     run = jax.shard_map(
         lambda given: function(**given, **rest),
         in_specs=(specs,),
@@ -189,6 +184,12 @@ def over_mesh(
     return run(arrays)
 
 
+def _letters(dims: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """A dimension's letter, "1" for a single group."""
+    pairs = zip(dims.split(), shape, strict=True)
+    return tuple("1" if pair == ("g", 1) else pair[0] for pair in pairs)
+
+
 def _that_divide(arrays, dims, letters, mesh, axes) -> tuple[str, ...]:
     """`axes`, or none of them if some dimension with one of these letters does not divide."""
     axes = tuple(axis for axis in axes if axis in mesh.axis_names)
@@ -196,7 +197,7 @@ def _that_divide(arrays, dims, letters, mesh, axes) -> tuple[str, ...]:
     sizes = (
         size
         for name, x in arrays.items()
-        for size, letter in zip(x.shape, dims[name].split(), strict=True)
+        for size, letter in zip(x.shape, dims[name], strict=True)
         if letter in letters
     )
     return axes if all(size % ways == 0 for size in sizes) else ()

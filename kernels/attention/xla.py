@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels import vary
 from kernels.attention import scores
 
 SCORE_BYTES = 8 << 20
@@ -59,7 +60,7 @@ def attention(
     """
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     arrays = q, k, v, segments, sinks, log_forget
-    q, k, v, segments, sinks, log_forget = _alike(arrays, arrays)
+    q, k, v, segments, sinks, log_forget = vary.together(arrays)
     rows, cols = block_sizes(q.shape[0] * q.shape[2], q.shape[1], window)
     plan = Plan(q.shape[1], rows, cols, causal, window, scale, softcap)
     common = jnp.result_type(q, k, v)
@@ -214,7 +215,7 @@ def _forward(q, k, v, sinks, sums, docs, plan):
         start_NBGC1 = one_NBGC1 * jnp.repeat(sinks.reshape(groups, repeats, 1), plan.rows, 1) / unit
     carry = (start_NBGC1, (0 if sinks is None else 1) * one_NBGC1, zero_NBGCV)
     for pairs, cut in zip(block_pairs(plan), (False, True), strict=True):
-        carry = _scan(functools.partial(step, cut), _alike(carry, q), pairs)
+        carry = _scan(functools.partial(step, cut), vary.like(carry, q), pairs)
     top_NBGC1, sum_NBGC1, o_NBGCV = carry
     sum_NBGC1 = jnp.where(sum_NBGC1 > 0, sum_NBGC1, 1)
     out = _rows(o_NBGCV / sum_NBGC1, plan.rows)
@@ -282,7 +283,7 @@ def _backward(plan, residuals, d_out):
     )
     for pairs, cut in zip(block_pairs(plan), (False, True), strict=True):
         by_keys = pairs[np.argsort(pairs[:, 1], kind="stable")]
-        carry = _scan(functools.partial(step, cut), _alike(carry, q), by_keys)
+        carry = _scan(functools.partial(step, cut), vary.like(carry, q), by_keys)
     return _gradients(plan, residuals, delta, carry)
 
 
@@ -333,21 +334,6 @@ def _put(x: Array, block: Array, i: Array) -> Array:
 
 def _add(arrays: tuple, blocks: tuple, i: Array) -> tuple:
     return tuple(_put(x, _at(x, i) + block, i) for x, block in zip(arrays, blocks, strict=True))
-
-
-def _alike(tree: Any, example: Any) -> Any:
-    """`tree`, in a `shard_map` made to vary over every mesh axis that `example` varies over."""
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(example)))
-
-    def cast(x):
-        missing = tuple(sorted(axes - varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
 
 
 def _scan(step: Callable, carry: tuple, pairs: np.ndarray) -> tuple:

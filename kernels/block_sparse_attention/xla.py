@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels import vary
 from kernels.block_sparse_attention import lists
 
 CHUNK_BYTES = 4 << 20
@@ -104,7 +105,7 @@ def _attend(q, k, v, indices, edges, queries: Places, keys: Places, plan: Plan) 
     chosen, found = lists.groups(chosen, first, end, blocks)
     chosen_BLNM = _per_group(jnp.asarray(chosen), q.shape[0], k.shape[2])
     common = jnp.result_type(q, k, v)
-    chosen_BLNM, queries, keys, q, k, v = _vary_alike(
+    chosen_BLNM, queries, keys, q, k, v = vary.together(
         (chosen_BLNM, queries, keys, *(x.astype(common) for x in (q, k, v)))
     )
     keys = Places(
@@ -166,7 +167,7 @@ def _flash(q, k, v, chosen, queries, keys, plan):
 def _forward(q_JBGPCXK, k_BGNX, v_BGNX, chosen_JBGPCM, queries, keys, plan):
     """(out, residuals): a step of the online softmax for every `plan.entries` of a list."""
     wide = _wide(q_JBGPCXK)
-    one_BGPCX1 = _like(jnp.ones((*q_JBGPCXK.shape[1:-1], 1), wide), q_JBGPCXK)
+    one_BGPCX1 = vary.like(jnp.ones((*q_JBGPCXK.shape[1:-1], 1), wide), q_JBGPCXK)
     zero_BGPCXV = one_BGPCX1 * jnp.zeros(v_BGNX.shape[3] // plan.block, wide)
 
     def chunk(_, given):
@@ -229,11 +230,11 @@ def _backward(plan, saved, d_out):
             dv_BGNX = _scatter(dv_BGNX, dv_BGPCSV, named_BGPCM)
             return (dq_BGPCXK, dk_BGNX, dv_BGNX), None
 
-        start = _like(jnp.zeros(q_BGPCXK.shape, out.dtype), q_BGPCXK)
+        start = vary.like(jnp.zeros(q_BGPCXK.shape, out.dtype), q_BGPCXK)
         (dq_BGPCXK, *carry), _ = jax.lax.scan(step, (start, *carry), _parts(chosen_BGPCM, plan))
         return tuple(carry), dq_BGPCXK
 
-    carry = tuple(_like(jnp.zeros(x.shape, out.dtype), x) for x in (k_BGNX, v_BGNX))
+    carry = tuple(vary.like(jnp.zeros(x.shape, out.dtype), x) for x in (k_BGNX, v_BGNX))
     given = (q_JBGPCXK, chosen_JBGPCM, queries, d_out, delta, top, total)
     (dk_BGNX, dv_BGNX), dq_JBGPCXK = jax.lax.scan(chunk, carry, given)
     return *(x.astype(dtype) for x in (dq_JBGPCXK, dk_BGNX, dv_BGNX)), None, None, None
@@ -300,25 +301,3 @@ def _wide(x: Array) -> jnp.dtype:
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))
-
-
-def _axes(x: Array) -> frozenset:
-    """The mesh axes of `shard_map` over which `x` varies."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _like(x: Array, model: Array) -> Array:
-    """`x`, varying over whatever `model` varies over."""
-    missing = tuple(sorted(_axes(model) - _axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _vary_alike(tree):
-    """All arrays varying over whatever any of them varies over."""
-    widest = frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = tuple(sorted(widest - _axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)

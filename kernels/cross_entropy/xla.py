@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks
+from kernels import vary
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 128
@@ -28,8 +28,7 @@ def cross_entropy(
     scales them. Between the passes they take the memory of x and of a float32 head.
     """
     chunk = chunk_length(x.shape[0], x.shape[1], head.shape[1])
-    given = (x, head, targets, weights)
-    return _loss(*chunks._vary(given, chunks._varying(given)), softcap, chunk)
+    return _loss(*vary.together((x, head, targets, weights)), softcap, chunk)
 
 
 def chunk_length(batch: int, length: int, vocabulary: int) -> int:
@@ -72,7 +71,7 @@ def _forward(x, head, targets, weights, softcap, chunk):
         d_head += _dot("bcd,bcv->dv", x_BCD, d_logits_BCV.astype(x.dtype))
         return d_head, (nll_BC, d_x_BCD.astype(x.dtype))
 
-    d_head = chunks._vary(jnp.zeros(head.shape, _wide(x, head)), chunks._varying(x))
+    d_head = vary.like(jnp.zeros(head.shape, _wide(x, head)), x)
     d_head, (nll, d_x) = _over_chunks(step, d_head, (x, targets, weights), chunk)
     total = jnp.sum(weights.astype(nll.dtype) * nll)
     like_head = jnp.zeros((), head.dtype)

@@ -71,10 +71,9 @@ def gated_linear(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key, value), accumulator)
     arguments = dict(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, segments=segments)
-    shared = "b t g k" if q.shape[2] > 1 else "b t 1 k"  # one group is whole on every device
     dims = dict(
-        q=shared,
-        k=shared,
+        q="b t g k",
+        k="b t g k",
         v="b t h v",
         log_decay="b t h k" if log_decay.ndim == 4 else "b t h",
         bonus="h k",

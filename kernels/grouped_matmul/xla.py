@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks
+from kernels import vary
 
 # Rows of a tile. Shorter ones spend more on a group's matrix than on the rows.
 SHORTEST, LONGEST = 16, 256
@@ -29,8 +29,7 @@ def grouped_matmul(
     x: Float[Array, "M K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
     """The product of `kernels.grouped_matmul` in 2 M K N FLOPs and at most one tile a group."""
-    given = (x, weights, group_sizes.astype(jnp.int32))
-    y_MN = _product(*chunks._vary(given, chunks._varying(given)))
+    y_MN = _product(*vary.together((x, weights, group_sizes.astype(jnp.int32))))
     legal = jnp.all(group_sizes >= 0) & (jnp.sum(group_sizes) <= x.shape[0])
     return jnp.where(legal, y_MN, jnp.nan)
 
@@ -69,8 +68,7 @@ def _product(x_MK, weights_EKN, group_sizes):
         return jax.lax.dynamic_update_slice_in_dim(y_MN, y_RN, at.start, axis=0), None
 
     padded_MK = _pad(x_MK, tile)
-    zeros_MN = jnp.zeros((rows + tile, width), x_MK.dtype)
-    zeros_MN = chunks._vary(zeros_MN, chunks._varying(x_MK))
+    zeros_MN = vary.like(jnp.zeros((rows + tile, width), x_MK.dtype), x_MK)
     y_MN, _ = jax.lax.scan(step, zeros_MN, tiles_of(group_sizes, rows, tile))
     return y_MN[:rows]
 
@@ -103,8 +101,7 @@ def _backward(residuals, dy_MN):
         jnp.zeros(weights_EKN.shape, jnp.result_type(x_MK, dy_MN, jnp.float32)),
     )
     tiles = tiles_of(group_sizes, rows, tile)
-    zeros = chunks._vary(zeros, chunks._varying(x_MK))
-    (dx_MK, dw_EKN), _ = jax.lax.scan(step, zeros, tiles)
+    (dx_MK, dw_EKN), _ = jax.lax.scan(step, vary.like(zeros, x_MK), tiles)
     return dx_MK[:rows], dw_EKN.astype(weights_EKN.dtype), None
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks
 from kernels import segments as packed
+from kernels import vary
 from kernels.linear_scan.rotation import Factor, conjugate, one_part, times, two_parts
 
 Pair = tuple[Array, Array]
@@ -75,8 +75,7 @@ def recur(factor: Factor, x: Pair, initial: Pair, passing: Passing | None) -> tu
     if x[0].shape[1] == 1:
         h = times(_row(factor, passing, 0), initial, (x[0][:, 0], x[1][:, 0]))
         return (h[0][:, None], h[1][:, None]), h
-    everything = (factor, x, initial, passing)
-    return _recur(*chunks._vary(everything, chunks._varying(everything)))
+    return _recur(*vary.together((factor, x, initial, passing)))
 
 
 @jax.custom_vjp

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks
 from kernels import segments as packed
+from kernels import vary
 from kernels.linear_scan.complex_xla import complex_linear_scan
 
 __all__ = ["complex_linear_scan", "linear_scan"]
@@ -49,8 +49,7 @@ def recur(
     if x.shape[1] == 1:
         h_BD = decay[:, 0] * initial + x[:, 0]
         return h_BD[:, None], h_BD
-    everything = (decay, x, initial)
-    return _recur(*chunks._vary(everything, chunks._varying(everything)))
+    return _recur(*vary.together((decay, x, initial)))
 
 
 @jax.custom_vjp

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch
+from kernels import dispatch, vary
 from kernels import segments as packed
 from kernels.long_conv import fourier
 from kernels.short_conv import xla as short
@@ -42,7 +42,7 @@ def long_conv(
     """
     tail_BVD = None if initial_state is None else initial_state.astype(x.dtype)
     given = (x, filters, skip, tail_BVD, segments)
-    x, filters, skip, tail_BVD, segments = chunks._vary(given, chunks._varying(given))
+    x, filters, skip, tail_BVD, segments = vary.together(given)
     batch, length, channels = x.shape
     before = filters.shape[0] - 1
     if tail_BVD is None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import chunks
+from kernels import vary
 
 
 def norm(
@@ -24,8 +24,7 @@ def norm(
     eps: float = 1e-6,
 ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """The operation of `kernels.norm`; elementwise but for one sum a row, which XLA fuses."""
-    given = (x, weight, residual, gate, input_gate)
-    return _norm(activation, eps, *chunks._vary(given, chunks._varying(given)))
+    return _norm(activation, eps, *vary.together((x, weight, residual, gate, input_gate)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

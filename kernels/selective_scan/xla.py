@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks
+from kernels import chunks, vary
 from kernels import segments as packed
 
 
@@ -78,8 +78,7 @@ def _step(a_ND, h_BND, row: Inputs, on_B11) -> tuple[Array, Array]:
 
 def recur(chunk: int, a_ND, h_BND, inputs: Inputs, start_BT1) -> Any:
     """(what all tokens read, the last state), for a whole number of chunks."""
-    given = (a_ND, h_BND, inputs, start_BT1)
-    return _recur(chunk, *chunks._vary(given, chunks._varying(given)))
+    return _recur(chunk, *vary.together((a_ND, h_BND, inputs, start_BT1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -117,6 +117,16 @@ def test_rows_and_heads_are_split_where_they_divide(shape, mine):
     np.testing.assert_array_equal(out, np.full(shape, mine))
 
 
+def test_a_single_group_is_whole_and_its_heads_are_split():
+    x, weight = jnp.zeros((4, 6)), jnp.zeros(1)
+    run = lambda x, w: tpu.over_mesh(
+        seen, {"x": x, "weight": w}, {"x": "b h", "weight": "g"}, ("b h",)
+    )
+    with jax.set_mesh(mesh_of(2, 2)), dispatch.layout(batch=("data",), heads=("tensor",)):
+        out = jax.jit(run)(x, weight)
+    np.testing.assert_array_equal(out, np.full((4, 6), 23))
+
+
 def test_without_a_mesh_the_function_sees_all():
     x = jnp.zeros((4, 6))
     out = tpu.over_mesh(
