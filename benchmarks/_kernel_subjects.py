@@ -1,20 +1,13 @@
 """What `benchmarks/kernels.py` times: shapes by name, random inputs for them, peers outside JAX."""
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Subject(NamedTuple):
-    """One call: a public function of kernels/ with its arguments as shapes, and settings."""
-
-    folder: str
-    function: str
-    arguments: dict[str, Any]
+from kernels.subject import Subject
 
 
 def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -78,23 +71,20 @@ def model_subjects() -> dict[str, Subject]:
     from kernels import evidence
 
     return {
-        f"{evidence.title(folder, function)}, {label}": Subject(folder, function, given)
-        for folder, function, sizes in evidence.subjects()
-        for label, given in sizes.items()
+        f"{name}, {label}": subject
+        for name, sizes in evidence.subjects().items()
+        for label, subject in sizes.items()
     }
 
 
-def fill(arguments: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Random arrays for the shapes: normal, gates and steps as models make them; settings stay."""
-    found = {
-        name: _draw(name, value, arguments, rng) if hasattr(value, "shape") else value
-        for name, value in arguments.items()
-    }
+def fill(subject: Subject, rng: np.random.Generator) -> Subject:
+    """The subject with random arrays: normal, gates and steps as models make them."""
+    found = {name: _draw(name, kind, subject.given, rng) for name, kind in subject.arrays.items()}
     if "k" in found and {"beta", "a"} & set(found):
         found["k"] = _unit(found["k"])
     if "a" in found:  # RWKV-7's: a = -key, b = rate * key
         found["a"], found["b"] = -found["k"], found["k"] * _sigmoid(found["b"])
-    return found
+    return subject._replace(given=subject.given | found)
 
 
 def _draw(name: str, kind: Any, arguments: dict, rng: np.random.Generator) -> np.ndarray:
@@ -143,8 +133,3 @@ TORCH_PEERS = {
     "attention": {"torch": "attention"},
     "delta_rule, scalar gate": {"transformers": "delta_rule"},
 }
-
-
-def public(subject: Subject) -> Callable:
-    """The function of kernels/ that a subject calls."""
-    return getattr(importlib.import_module(f"kernels.{subject.folder}"), subject.function)

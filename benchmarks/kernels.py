@@ -42,6 +42,7 @@ import numpy as np  # noqa: E402
 from benchmarks import _kernel_subjects as subjects  # noqa: E402
 from benchmarks import _table as table  # noqa: E402
 from kernels import count, dispatch  # noqa: E402
+from kernels.subject import Subject, both_passes  # noqa: E402
 from parallel import host  # noqa: E402
 
 LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -88,7 +89,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(args: argparse.Namespace) -> dict[str, subjects.Subject]:
+def chosen(args: argparse.Namespace) -> dict[str, Subject]:
     """The subjects whose names begin with one of `--only`."""
     sizes = (args.batch, args.length, args.heads, args.dim, args.width)
     found = subjects.cpu_subjects(*sizes) if args.sizes == "cpu" else subjects.model_subjects()
@@ -101,8 +102,8 @@ def chosen(args: argparse.Namespace) -> dict[str, subjects.Subject]:
 def compare(name, subject, both, args, rates):
     """One line a side, timed in turn with the others."""
     rng = np.random.default_rng(0)
-    given = subjects.fill(subject.arguments, rng)
-    sides = {impl: side(name, subject, impl, given, both) for impl in args.impl}
+    subject = subjects.fill(subject, rng)
+    sides = {impl: side(name, subject, impl, both) for impl in args.impl}
     sides = {impl: made for impl, made in sides.items() if made is not None}
     results = {impl: [np.asarray(x) for x in run()] for impl, (run, _) in sides.items()}
     base = next(iter(results.values()), [])
@@ -128,54 +129,41 @@ def compare(name, subject, both, args, rates):
         }
 
 
-def side(name, subject, impl, given, both):
+def side(name, subject, impl, both):
     """(callable, temporary bytes) of one implementation; None where it has none of this."""
-    arrays = {n: x for n, x in given.items() if isinstance(x, np.ndarray)}
-    rest = {n: x for n, x in given.items() if n not in arrays}
     if impl in subjects.TORCH_PEERS.get(name, {}):
-        slopes = cotangents(subject, given) if both else None
-        return peers.runner(subjects.TORCH_PEERS[name][impl], arrays, slopes), None
+        slopes = cotangents(subject) if both else None
+        return peers.runner(subjects.TORCH_PEERS[name][impl], subject.arrays, slopes), None
     function = subjects.JAX_PEERS.get(name, {}).get(impl)
     if function is None:
         if impl not in dispatch.implementations(subject.folder, subject.function):
             return None
-        public = subjects.public(subject)
-        function = lambda **arrays: public(**arrays, **rest, impl=impl)  # noqa: E731
-    free = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    fixed = {n: x for n, x in arrays.items() if n not in free}
+        function = subject.call(impl)
 
     def forward(free, fixed, slopes):
-        return jax.tree.leaves(function(**free, **fixed))
+        return function(**free, **fixed)
 
-    def passes(free, fixed, slopes):
-        outputs, pull = jax.vjp(lambda free: forward(free, fixed, None), free)
-        return [*outputs, *pull(slopes)[0].values()]
-
-    slopes = [jnp.asarray(s) for s in cotangents(subject, given)] if both else None
+    free, fixed = subject.parts()
+    slopes = jax.tree.unflatten(jax.tree.structure(subject.outputs()), cotangents(subject))
     placed = jax.tree.map(jnp.asarray, (free, fixed, slopes))
-    run = jax.jit(passes if both else forward).lower(*placed).compile()
+    run = jax.jit(both_passes(function) if both else forward).lower(*placed).compile()
     temporary = run.memory_analysis().temp_size_in_bytes
-    return (lambda: jax.block_until_ready(run(*placed))), temporary
+    return (lambda: jax.block_until_ready(jax.tree.leaves(run(*placed)))), temporary
 
 
-def cotangents(subject, given) -> list[np.ndarray]:
+def cotangents(subject) -> list[np.ndarray]:
     """Random slopes of all outputs, the same for every side."""
-    arrays = {n: x for n, x in given.items() if isinstance(x, np.ndarray)}
-    rest = {n: x for n, x in given.items() if n not in arrays}
-    outputs = jax.eval_shape(lambda a: subjects.public(subject)(**a, **rest), arrays)
     rng = np.random.default_rng(1)
-    return [rng.normal(size=o.shape).astype(o.dtype) for o in jax.tree.leaves(outputs)]
+    outputs = jax.tree.leaves(subject.outputs())
+    return [rng.normal(size=o.shape).astype(o.dtype) for o in outputs]
 
 
 def roofline(subject, results, both, rates) -> float:
     """Seconds below which the call cannot go at the measured rates."""
-    arrays = {n: x for n, x in subject.arguments.items() if hasattr(x, "shape")}
-    rest = {n: x for n, x in subject.arguments.items() if n not in arrays}
-    with dispatch.using("ref"), dispatch.labelling() as labels:
-        traced = jax.make_jaxpr(lambda a: subjects.public(subject)(**a, **rest))(arrays)
-    flops = count.Walk(labels).run(traced).total * (3 if both else 1)
-    moved = sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *results))
-    return max(flops / rates[0], moved / rates[1])
+    forward = subject.call()
+    flops = count.model_flops(lambda arrays: forward(**arrays), subject.arrays).total
+    moved = sum(x.size * x.dtype.itemsize for x in (*subject.arrays.values(), *results))
+    return max((3 if both else 1) * flops / rates[0], moved / rates[1])
 
 
 def measured_rates() -> tuple[float, float]:

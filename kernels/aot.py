@@ -41,10 +41,11 @@ def mesh(generation: str, *, whole: bool = False) -> Mesh:
     return Mesh(devices.reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> Any:
-    """`function(**arguments)` of `jax.ShapeDtypeStruct`s, compiled; rows are split over `data`.
+def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """(jaxpr, compiled program) of `function(**arguments)`, whose arrays are shapes.
 
-    The compiler chooses the layouts of arguments and results, as it does within a model.
+    Rows are split over `data`. The compiler chooses the layouts of arguments and results, as it
+    does within a model.
     """
     ways = mesh.shape["data"]
 
@@ -59,4 +60,5 @@ def compile_for(mesh: Mesh, function: Callable, arguments: dict[str, Any]) -> An
             in_shardings=(placed,),
             out_shardings=Format(Layout.AUTO),
         )
-        return run.lower(arguments).compile()
+        traced = run.trace(arguments)
+        return traced.jaxpr, traced.lower().compile()

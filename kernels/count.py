@@ -9,7 +9,7 @@ parts do.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,31 @@ class Flops:
         for primitive, count in other.by_primitive.items():
             self.by_primitive[primitive] = self.by_primitive.get(primitive, 0.0) + times * count
         self.notes.update(other.notes)
+
+
+def executed_flops(program: core.ClosedJaxpr) -> Flops:
+    """FLOPs that a traced program executes, on all devices together, loops times their length.
+
+    Results that nothing reads are not counted: the compiler drops them. A `while` of unknown length
+    counts once and a `cond` as its dearest branch; both are said in `notes`, as is every primitive
+    without a rule. `shard_map` counts its body once per device of its mesh axes.
+    """
+    return Walk().run(program)
+
+
+def model_flops(forward: Callable, *args: Any) -> Flops:
+    """FLOPs that the mathematics of `forward(*args)` needs, whatever form of it runs.
+
+    Traces `forward` with every operation in its reference form. Contractions count everywhere,
+    other arithmetic only in the steps of recurrences (scans within operations), decay included.
+    Where kernels/<operation>/cost.py has a formula it stands for the call: softmax attention in
+    reference form computes more pairs than the mask leaves.
+
+    By convention a training step needs 3 x forward: each product has two gradients of its size.
+    """
+    with dispatch.using("ref"), dispatch.labelling() as labels:
+        program = jax.make_jaxpr(forward)(*args)
+    return Walk(labels).run(program)
 
 
 class Walk:

@@ -12,12 +12,13 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from kernels.subject import Subject, both_passes
 
 FILE = Path(__file__).with_name("evidence.json")
 REFERENCE = "v5e"
@@ -43,56 +44,38 @@ def title(operation: str, function: str) -> str:
     return operation if function == operation else f"{operation}.{function}"
 
 
-def subjects() -> Iterator[tuple[str, str, dict[str, dict]]]:
-    """(folder, function, sizes by label) of every public function with a TPU kernel."""
+def subjects() -> dict[str, dict[str, Subject]]:
+    """Calls of model size of every public function with a TPU kernel: title -> label -> call."""
     from kernels import dispatch
 
+    found: dict[str, dict[str, Subject]] = {}
     for folder in sorted(path.parent.name for path in FILE.parent.glob("*/pallas_tpu.py")):
         cases = importlib.import_module(f"kernels.{folder}.cases")
         for name in sorted(n for n in vars(cases) if n == "sizes" or n.startswith("sizes_")):
             function = name.removeprefix("sizes").removeprefix("_") or folder
             if "pallas_tpu" in dispatch.implementations(folder, function):
-                yield folder, function, getattr(cases, name)()
+                sizes = getattr(cases, name)().items()
+                found[title(folder, function)] = {
+                    label: Subject(folder, function, given) for label, given in sizes
+                }
+    return found
 
 
-def both_passes(folder: str, function: str, impl: str, given: dict) -> tuple[Callable, dict]:
-    """The function with all its gradients, and the shapes it takes: arguments and cotangents."""
-    import jax
-    import jax.numpy as jnp
+def compile_for(mesh: Any, subject: Subject, impl: str) -> tuple[Any, Any]:
+    """(jaxpr, compiled program) of both passes for the devices of a mesh."""
+    from kernels import aot
 
-    public = getattr(importlib.import_module(f"kernels.{folder}"), function)
-    constant = getattr(importlib.import_module(f"kernels.{folder}.cases"), "NO_GRADIENT", ())
-    arrays = {n: x for n, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
-    call = functools.partial(
-        public, impl=impl, **{n: x for n, x in given.items() if n not in arrays}
-    )
-    fixed = {
-        n: x
-        for n, x in arrays.items()
-        if n in constant or not jnp.issubdtype(x.dtype, jnp.floating)
-    }
-    free = {n: x for n, x in arrays.items() if n not in fixed}
-    shaped = functools.partial(call, impl="xla")  # a TPU kernel is traced for a TPU alone
-    outputs = jax.eval_shape(lambda free, fixed: shaped(**free, **fixed), free, fixed)
-
-    def run(free, fixed, slopes):
-        found, pull = jax.vjp(lambda free: call(**free, **fixed), free)
-        return found, pull(slopes)
-
-    return run, {"free": free, "fixed": fixed, "slopes": outputs}
+    free, fixed = subject.parts()
+    run = both_passes(subject.call(impl))
+    return aot.compile_for(mesh, run, dict(free=free, fixed=fixed, slopes=subject.outputs()))
 
 
-def program(folder: str, function: str, impl: str, given: dict, generation: str) -> dict[str, Any]:
+def program(subject: Subject, impl: str, generation: str) -> dict[str, Any]:
     """Both passes compiled for one chip of a generation: what they hold, compute and move."""
-    import jax
+    from kernels import aot, count, roofline
 
-    from kernels import aot, count, dispatch, roofline
-
-    run, arguments = both_passes(folder, function, impl, given)
-    mesh = aot.mesh(generation)
-    compiled = aot.compile_for(mesh, run, arguments)
-    with jax.set_mesh(mesh), dispatch.layout():
-        flops = count.Walk().run(jax.make_jaxpr(run)(**arguments))
+    jaxpr, compiled = compile_for(aot.mesh(generation), subject, impl)
+    flops = count.executed_flops(jaxpr)
     return {
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "flops": int(flops.matmul or flops.elementwise),
@@ -114,31 +97,15 @@ def seconds(found: dict[str, Any], generation: str) -> float:
     return float(f"{max(memory, found['passes'] / chip.bf16_ops_per_second):.4g}")
 
 
-def compile_on_four(folder: str, function: str, given: dict, generation: str) -> None:
-    """Both passes of the TPU kernel on a host of four chips; raises what the compiler raises."""
-    from kernels import aot
+def model_flops(subject: Subject) -> int:
+    """Of both passes by the reference, three times the forward pass."""
+    from kernels import count
 
-    run, arguments = both_passes(folder, function, "pallas_tpu", given)
-    aot.compile_for(aot.mesh(generation, whole=True), run, arguments)
-
-
-def model_flops(folder: str, function: str, given: dict) -> int:
-    """Of the reference, forward and backward: three times the forward pass."""
-    import jax
-
-    from kernels import count, dispatch
-
-    public = getattr(importlib.import_module(f"kernels.{folder}"), function)
-    arrays = {n: x for n, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
-    rest = {n: x for n, x in given.items() if n not in arrays}
-    with dispatch.using("ref"), dispatch.labelling() as labels:
-        program = jax.make_jaxpr(lambda a: public(**a, **rest))(arrays)
-    return int(3 * count.Walk(labels).run(program).total)
+    forward = subject.call()
+    return int(3 * count.model_flops(lambda arrays: forward(**arrays), subject.arrays).total)
 
 
-def rows(
-    folder: str, function: str, label: str, given: dict, first: bool
-) -> Iterator[tuple[str, dict]]:
+def rows(subject: Subject, label: str, first: bool) -> Iterator[tuple[str, dict]]:
     """(generation, line of the file) for one size; a size that does not compile says why.
 
     The XLA form is compiled for REFERENCE alone, and its time reckoned for each generation. Four
@@ -146,15 +113,15 @@ def rows(
     """
     from kernels import aot
 
-    model = model_flops(folder, function, given)
-    plain = program(folder, function, "xla", given, REFERENCE)
+    model = model_flops(subject)
+    plain = program(subject, "xla", REFERENCE)
     for generation in aot.TOPOLOGIES:
         found: dict[str, Any] = {"size": label, "model_flops": model, "compiled": False}
         try:
-            kernel = program(folder, function, "pallas_tpu", given, generation)
+            kernel = program(subject, "pallas_tpu", generation)
             found |= kernel | {"seconds": seconds(kernel, generation)}
             if first or generation == REFERENCE:
-                compile_on_four(folder, function, given, generation)
+                compile_for(aot.mesh(generation, whole=True), subject, "pallas_tpu")
             found["compiled"] = True
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -170,15 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rewrite kernels/evidence.json.")
     parser.add_argument("--only", nargs="*", default=[], help="functions, as gated_linear")
     options = parser.parse_args()
-    for folder, function, sizes in subjects():
-        name = title(folder, function)
+    for name, sizes in subjects().items():
         if options.only and name not in options.only:
             continue
         begin = time.perf_counter()
         lines: dict[str, list] = {}
-        for label, given in sizes.items():
+        for label, subject in sizes.items():
             first = label == next(iter(sizes))
-            for generation, line in rows(folder, function, label, given, first):
+            for generation, line in rows(subject, label, first):
                 lines.setdefault(generation, []).append(line)
                 if not line["compiled"]:
                     print(f"{name}, {label}, {generation}: {line['error']}", flush=True)

@@ -1,39 +1,13 @@
 """FLOPs of what runs (executed), of the reference (model FLOPs), and by XLA's count."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend import core
 
-from kernels import dispatch
-from kernels.count import Flops, Walk
+from kernels.count import Flops, executed_flops, model_flops
 from resources.report import Row, not_available
 
-
-def executed_flops(program: core.ClosedJaxpr) -> Flops:
-    """FLOPs that a traced program executes, on all devices together, loops times their length.
-
-    Results that nothing reads are not counted: the compiler drops them. A `while` of unknown length
-    counts once and a `cond` as its dearest branch; both are said in `notes`, as is every primitive
-    without a rule. `shard_map` counts its body once per device of its mesh axes.
-    """
-    return Walk().run(program)
-
-
-def model_flops(forward: Callable, *args: Any) -> Flops:
-    """FLOPs that the mathematics of `forward(*args)` needs, whatever form of it runs.
-
-    Traces `forward` with every operation in its reference form. Contractions count everywhere,
-    other arithmetic only in the steps of recurrences (scans within operations), decay included.
-    Where kernels/<operation>/cost.py has a formula it stands for the call: softmax attention in
-    reference form computes more pairs than the mask leaves.
-
-    By convention a training step needs 3 x forward: each product has two gradients of its size.
-    """
-    with dispatch.using("ref"), dispatch.labelling() as labels:
-        program = jax.make_jaxpr(forward)(*args)
-    return Walk(labels).run(program)
+__all__ = ["Flops", "executed_flops", "model_flops", "rows", "xla_flops"]
 
 
 def xla_flops(compiled: Any) -> float | None:

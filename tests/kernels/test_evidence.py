@@ -4,7 +4,7 @@ import pytest
 
 from kernels import aot, dispatch, evidence
 
-SIZES = {evidence.title(folder, function): sizes for folder, function, sizes in evidence.subjects()}
+SIZES = evidence.subjects()
 LISTED = [(n, g) for n, found in evidence.load()["functions"].items() for g in found]
 
 
