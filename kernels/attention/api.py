@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 
@@ -155,17 +155,7 @@ def cached_attention(
 def check_heads(q: Array, k: Array, v: Array) -> None:
     """Raise unless q is (B, T, H, K), k (., S, G, K), v (., S, G, V), floating, and G divides H."""
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}, rank {array.ndim}; it must have rank 4: "
-                f"(batch, time, heads, dim)."
-            )
-        if 0 in array.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}; every size, time included, must be at least 1."
-            )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+        checks.whole(name, array, "(batch, time, heads, dim)")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"v has (batch, time, heads) {v.shape[:3]}; it must be k's, {k.shape[:3]}."

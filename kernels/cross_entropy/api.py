@@ -1,9 +1,8 @@
 """Cross-entropy fused with the output head: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 
 
 def cross_entropy(
@@ -38,19 +37,8 @@ def cross_entropy(
 
 def check_inputs(x: Array, head: Array) -> None:
     """Raise unless x is floating (B, T, D) and head floating (D, V), without a zero size."""
-    for name, array, rank, dims in (
-        ("x", x, 3, "(batch, time, width)"),
-        ("head", head, 2, "(width, vocabulary)"),
-    ):
-        if array.ndim != rank:
-            raise ValueError(
-                f"{name} has shape {array.shape}, rank {array.ndim}; "
-                f"it must have rank {rank}: {dims}."
-            )
-        if 0 in array.shape:
-            raise ValueError(f"{name} has shape {array.shape}; every size must be at least 1.")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+    checks.whole("x", x, "(batch, time, width)")
+    checks.whole("head", head, "(width, vocabulary)")
     if head.shape[0] != x.shape[2]:
         raise ValueError(
             f"head has shape {head.shape}; its first size must be x's width, {x.shape[2]}."
@@ -65,7 +53,5 @@ def check_tokens(targets: Array, weights: Array, x: Array) -> None:
             raise ValueError(
                 f"{name} has shape {array.shape}; it must be x's (batch, time), {legal}."
             )
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets has dtype {targets.dtype}; it must be an integer, as int32.")
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(f"weights has dtype {weights.dtype}; it must be floating, as float32.")
+    checks.integer("targets", targets)
+    checks.floating("weights", weights)

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 from kernels.gated_linear.api import check_gate, check_heads, check_state
 
@@ -78,8 +78,7 @@ def dplr(
             f"dplr shares none, so v must have {q.shape[2]}."
         )
     for name, array in (("a", a), ("b", b), ("log_decay", log_decay)):
-        if array.shape != q.shape:
-            raise ValueError(f"{name} has shape {array.shape}; it must be q's shape, {q.shape}.")
+        checks.like(name, array, "q", q)
     check_gate(log_decay, q, v, constant=False)
     check_state(initial_state, q, v)
     packed.check(segments, q.shape[0], q.shape[1])

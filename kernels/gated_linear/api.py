@@ -1,9 +1,8 @@
 """Gated linear attention: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 
@@ -37,7 +36,7 @@ def gated_linear(
     check_heads(q, k, v)
     check_gate(log_decay, q, v, constant=True)
     check_state(initial_state, q, v)
-    check_bonus(bonus, q, v)
+    checks.shaped("bonus", bonus, "(H, K)", (v.shape[2], q.shape[3]))
     packed.check(segments, q.shape[0], q.shape[1])
     run = dispatch.choose("gated_linear", "gated_linear", impl)
     return run(
@@ -52,11 +51,7 @@ def gated_linear(
 def check_heads(q: Array, k: Array, v: Array) -> None:
     """Raise unless q and k are (B, T, G, K), v is (B, T, H, V), T >= 1 and G divides H."""
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}, rank {array.ndim}; it must have rank 4: "
-                f"(batch, time, heads, dim)."
-            )
+        checks.rank(name, array, "(batch, time, heads, dim)")
     if k.shape != q.shape:
         raise ValueError(f"k has shape {k.shape}; it must be q's shape, {q.shape}.")
     if v.shape[:2] != q.shape[:2]:
@@ -87,25 +82,10 @@ def check_gate(log_decay: Array, q: Array, v: Array, *, constant: bool) -> None:
         raise ValueError(
             f"log_decay has shape {log_decay.shape}; it must be {listed} or {legal[-1]}."
         )
-    if not jnp.issubdtype(log_decay.dtype, jnp.floating):
-        raise ValueError(f"log_decay has dtype {log_decay.dtype}; it must be floating, as float32.")
+    checks.floating("log_decay", log_decay)
 
 
 def check_state(initial_state: Array | None, q: Array, v: Array) -> None:
-    """Raise unless the state is None or (B, H, K, V)."""
+    """Raise unless the state is None or a floating (B, H, K, V)."""
     legal = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    if initial_state is not None and initial_state.shape != legal:
-        raise ValueError(
-            f"initial_state has shape {initial_state.shape}; it must be (B, H, K, V) = {legal}."
-        )
-
-
-def check_bonus(bonus: Array | None, q: Array, v: Array) -> None:
-    """Raise unless the bonus is None or a floating (H, K)."""
-    if bonus is None:
-        return
-    legal = (v.shape[2], q.shape[3])
-    if bonus.shape != legal:
-        raise ValueError(f"bonus has shape {bonus.shape}; it must be (H, K) = {legal}.")
-    if not jnp.issubdtype(bonus.dtype, jnp.floating):
-        raise ValueError(f"bonus has dtype {bonus.dtype}; it must be floating, as float32.")
+    checks.shaped("initial_state", initial_state, "(B, H, K, V)", legal)

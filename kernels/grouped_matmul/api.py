@@ -1,9 +1,8 @@
 """The grouped matrix product: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 
 
 def grouped_matmul(
@@ -30,19 +29,8 @@ def grouped_matmul(
 
 def check_inputs(x: Array, weights: Array) -> None:
     """Raise unless x is floating (M, K) and weights floating (E, K, N), without a zero size."""
-    for name, array, rank, dims in (
-        ("x", x, 2, "(rows, width)"),
-        ("weights", weights, 3, "(groups, width, outputs)"),
-    ):
-        if array.ndim != rank:
-            raise ValueError(
-                f"{name} has shape {array.shape}, rank {array.ndim}; "
-                f"it must have rank {rank}: {dims}."
-            )
-        if 0 in array.shape:
-            raise ValueError(f"{name} has shape {array.shape}; every size must be at least 1.")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+    checks.whole("x", x, "(rows, width)")
+    checks.whole("weights", weights, "(groups, width, outputs)")
     if weights.shape[1] != x.shape[1]:
         raise ValueError(
             f"weights has shape {weights.shape}; its second size must be x's width, {x.shape[1]}."
@@ -57,7 +45,4 @@ def check_sizes(group_sizes: Array, weights: Array) -> None:
             f"group_sizes has shape {group_sizes.shape}; "
             f"it must be (E,) = ({groups},), one size for each of weights."
         )
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(
-            f"group_sizes has dtype {group_sizes.dtype}; it must be an integer, as int32."
-        )
+    checks.integer("group_sizes", group_sizes)

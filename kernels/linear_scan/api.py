@@ -1,9 +1,8 @@
 """The diagonal linear recurrences: the public operations, their rules and their checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 
@@ -26,9 +25,9 @@ def linear_scan(
     h_T. A row of padding alone returns its initial state. Raises ValueError on shapes that do not
     fit.
     """
-    check_input("x", x)
-    check_like("log_decay", log_decay, "x", x)
-    check_state(initial_state, "(B, D)", (x.shape[0], x.shape[2]))
+    checks.whole("x", x, "(batch, time, width)")
+    checks.like("log_decay", log_decay, "x", x)
+    checks.shaped("initial_state", initial_state, "(B, D)", (x.shape[0], x.shape[2]))
     packed.check(segments, x.shape[0], x.shape[1])
     run = dispatch.choose("linear_scan", "linear_scan", impl)
     return run(x, log_decay, segments=segments, initial_state=initial_state)
@@ -61,54 +60,18 @@ def complex_linear_scan(
     h and h_T. A row of padding alone returns its initial state. Raises ValueError on shapes that do
     not fit.
     """
-    check_input("x_real", x_real)
-    check_like("x_imag", x_imag, "x_real", x_real)
+    checks.whole("x_real", x_real, "(batch, time, width)")
+    checks.like("x_imag", x_imag, "x_real", x_real)
     legal = (x_real.shape, x_real.shape[2:])
     if log_decay.shape not in legal:
         raise ValueError(
             f"log_decay has shape {log_decay.shape}; it must be x_real's shape, {legal[0]}, or, "
             f"constant over time, {legal[1]}."
         )
-    check_floating("log_decay", log_decay)
-    check_like("phase", phase, "log_decay", log_decay)
-    check_state(initial_state, "(B, 2, D)", (x_real.shape[0], 2, x_real.shape[2]))
+    checks.floating("log_decay", log_decay)
+    checks.like("phase", phase, "log_decay", log_decay)
+    state = (x_real.shape[0], 2, x_real.shape[2])
+    checks.shaped("initial_state", initial_state, "(B, 2, D)", state)
     packed.check(segments, x_real.shape[0], x_real.shape[1])
     run = dispatch.choose("linear_scan", "complex_linear_scan", impl)
     return run(x_real, x_imag, log_decay, phase, segments=segments, initial_state=initial_state)
-
-
-def check_input(name: str, x: Array) -> None:
-    """Raise unless x is a floating array (B, T, D) without a zero."""
-    if x.ndim != 3:
-        raise ValueError(
-            f"{name} has shape {x.shape}, rank {x.ndim}; it must have rank 3: (batch, time, width)."
-        )
-    if 0 in x.shape:
-        raise ValueError(
-            f"{name} has shape {x.shape}; every size, time included, must be at least 1."
-        )
-    check_floating(name, x)
-
-
-def check_like(name: str, array: Array, of: str, other: Array) -> None:
-    """Raise unless `array` is a floating array of `other`'s shape."""
-    if array.shape != other.shape:
-        raise ValueError(f"{name} has shape {array.shape}; it must be {of}'s shape, {other.shape}.")
-    check_floating(name, array)
-
-
-def check_floating(name: str, array: Array) -> None:
-    """Raise unless `array` holds floating numbers, which complex ones are not."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
-
-
-def check_state(initial_state: Array | None, letters: str, legal: tuple[int, ...]) -> None:
-    """Raise unless the state is None or a floating array of the shape `legal`."""
-    if initial_state is None:
-        return
-    if initial_state.shape != legal:
-        raise ValueError(
-            f"initial_state has shape {initial_state.shape}; it must be {letters} = {legal}."
-        )
-    check_floating("initial_state", initial_state)

@@ -1,9 +1,8 @@
 """The long causal convolution: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 
@@ -34,7 +33,8 @@ def long_conv(
     Raises ValueError on shapes and dtypes that do not fit.
     """
     check_inputs(x, filters, skip)
-    check_state(initial_state, x, filters)
+    state = (x.shape[0], filters.shape[0] - 1, x.shape[2])
+    checks.shaped("initial_state", initial_state, "(B, L-1, D)", state)
     packed.check(segments, x.shape[0], x.shape[1])
     run = dispatch.choose("long_conv", "long_conv", impl)
     return run(x, filters, skip, segments=segments, initial_state=initial_state)
@@ -42,35 +42,12 @@ def long_conv(
 
 def check_inputs(x: Array, filters: Array, skip: Array | None) -> None:
     """Raise unless x is (B, T, D), filters (L, D) and skip None or (D,), all floating."""
-    if x.ndim != 3:
-        raise ValueError(
-            f"x has shape {x.shape}, rank {x.ndim}; it must have rank 3: (batch, time, width)."
-        )
-    if 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}; every size, time included, must be at least 1.")
+    checks.whole("x", x, "(batch, time, width)")
     channels = x.shape[2]
     if filters.ndim != 2 or filters.shape[1] != channels or filters.shape[0] < 1:
         raise ValueError(
             f"filters has shape {filters.shape}; it must be (L, D) with L at least 1 "
             f"and x's D = {channels}."
         )
-    if skip is not None and skip.shape != (channels,):
-        raise ValueError(f"skip has shape {skip.shape}; it must be (D,) = ({channels},).")
-    for name, array in (("x", x), ("filters", filters), ("skip", skip)):
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
-
-
-def check_state(initial_state: Array | None, x: Array, filters: Array) -> None:
-    """Raise unless the state is None or a floating array (B, L-1, D)."""
-    if initial_state is None:
-        return
-    legal = (x.shape[0], filters.shape[0] - 1, x.shape[2])
-    if initial_state.shape != legal:
-        raise ValueError(
-            f"initial_state has shape {initial_state.shape}; it must be (B, L-1, D) = {legal}."
-        )
-    if not jnp.issubdtype(initial_state.dtype, jnp.floating):
-        raise ValueError(
-            f"initial_state has dtype {initial_state.dtype}; it must be floating, as float32."
-        )
+    checks.floating("filters", filters)
+    checks.shaped("skip", skip, "(D,)", (channels,))

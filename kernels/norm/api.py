@@ -1,9 +1,8 @@
 """RMS normalisation with an optional residual and gates: the public operation and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import dispatch
+from kernels import checks, dispatch
 
 ACTIVATIONS = ("silu", "sigmoid")
 
@@ -61,9 +60,8 @@ def check_inputs(x: Array, weight: Array) -> None:
             f"weight has shape {weight.shape}; it must be the last one or more sizes of x, "
             f"as {x.shape[-1:]}."
         )
-    for name, array in (("x", x), ("weight", weight)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+    checks.floating("x", x)
+    checks.floating("weight", weight)
 
 
 def check_like(name: str, array: Array | None, x: Array) -> None:
@@ -72,5 +70,4 @@ def check_like(name: str, array: Array | None, x: Array) -> None:
         return
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {array.shape}; it must be x's, {x.shape}.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+    checks.floating(name, array)

@@ -1,9 +1,8 @@
 """The selective scan: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 
@@ -33,41 +32,18 @@ def selective_scan(
     """
     _check_inputs(x, dt, A, Bm, Cm, D)
     batch, length, width = x.shape
-    if initial_state is not None:
-        _check("initial_state", initial_state, (batch, width, A.shape[1]), "(B, D, N)")
+    checks.shaped("initial_state", initial_state, "(B, D, N)", (batch, width, A.shape[1]))
     packed.check(segments, batch, length)
     run = dispatch.choose("selective_scan", "selective_scan", impl)
     return run(x, dt, A, Bm, Cm, D, segments=segments, initial_state=initial_state)
 
 
 def _check_inputs(x, dt, A, Bm, Cm, D):
-    for name, array, rank, letters in (
-        ("x", x, 3, "(batch, time, width)"),
-        ("A", A, 2, "(width, state)"),
-    ):
-        if array.ndim != rank:
-            raise ValueError(
-                f"{name} has shape {array.shape}, rank {array.ndim}; "
-                f"it must have rank {rank}: {letters}."
-            )
-        if 0 in array.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}; every size, time included, must be at least 1."
-            )
+    checks.whole("x", x, "(batch, time, width)")
+    checks.whole("A", A, "(width, state)")
     batch, length, width = x.shape
     state = A.shape[1]
-    _check("x", x, x.shape, "(B, T, D)")
-    _check("dt", dt, x.shape, "x's shape (B, T, D)")
-    _check("A", A, (width, state), "(D, N)")
-    _check("Bm", Bm, (batch, length, state), "(B, T, N)")
-    _check("Cm", Cm, (batch, length, state), "(B, T, N)")
-    if D is not None:
-        _check("D", D, (width,), "(D,)")
-
-
-def _check(name, array, legal, letters):
-    """Raise unless `array` is a floating array of the shape `legal`."""
-    if array.shape != legal:
-        raise ValueError(f"{name} has shape {array.shape}; it must be {letters} = {legal}.")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
+    checks.shaped("dt", dt, "x's shape (B, T, D)", x.shape)
+    checks.shaped("Bm", Bm, "(B, T, N)", (batch, length, state))
+    checks.shaped("Cm", Cm, "(B, T, N)", (batch, length, state))
+    checks.shaped("D", D, "(D,)", (width,))

@@ -1,9 +1,8 @@
 """The short causal depthwise convolution: the public operation, its rules and its checks."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
+from kernels import checks, dispatch
 from kernels import segments as packed
 
 ACTIVATIONS = ("none", "silu")
@@ -36,7 +35,8 @@ def short_conv(
     not fit, on a width outside 2 to 8 and on an unknown activation.
     """
     check_inputs(x, weight, bias)
-    check_state(initial_state, x, weight)
+    state = (x.shape[0], weight.shape[0] - 1, x.shape[2])
+    checks.shaped("initial_state", initial_state, "(B, W-1, D)", state)
     packed.check(segments, x.shape[0], x.shape[1])
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be {' or '.join(ACTIVATIONS)}.")
@@ -48,12 +48,7 @@ def short_conv(
 
 def check_inputs(x: Array, weight: Array, bias: Array | None) -> None:
     """Raise unless x is (B, T, D), weight (W, D) with W from 2 to 8, bias None or (D,)."""
-    if x.ndim != 3:
-        raise ValueError(
-            f"x has shape {x.shape}, rank {x.ndim}; it must have rank 3: (batch, time, width)."
-        )
-    if 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}; every size, time included, must be at least 1.")
+    checks.whole("x", x, "(batch, time, width)")
     channels = x.shape[2]
     if weight.ndim != 2 or weight.shape[1] != channels:
         raise ValueError(
@@ -66,23 +61,5 @@ def check_inputs(x: Array, weight: Array, bias: Array | None) -> None:
             f"weight has {weight.shape[0]} taps; {low} to {high} are supported; "
             f"the nearest is {nearest}."
         )
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"bias has shape {bias.shape}; it must be (D,) = ({channels},).")
-    for name, array in (("x", x), ("weight", weight), ("bias", bias)):
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {array.dtype}; it must be floating, as float32.")
-
-
-def check_state(initial_state: Array | None, x: Array, weight: Array) -> None:
-    """Raise unless the state is None or a floating array (B, W-1, D)."""
-    if initial_state is None:
-        return
-    legal = (x.shape[0], weight.shape[0] - 1, x.shape[2])
-    if initial_state.shape != legal:
-        raise ValueError(
-            f"initial_state has shape {initial_state.shape}; it must be (B, W-1, D) = {legal}."
-        )
-    if not jnp.issubdtype(initial_state.dtype, jnp.floating):
-        raise ValueError(
-            f"initial_state has dtype {initial_state.dtype}; it must be floating, as float32."
-        )
+    checks.floating("weight", weight)
+    checks.shaped("bias", bias, "(D,)", (channels,))

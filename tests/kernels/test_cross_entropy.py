@@ -170,7 +170,7 @@ GOOD = {
 FAULTS = [
     ({"x": zeros(5, 4)}, "x has shape (5, 4), rank 2; it must have rank 3: (batch, time, width)."),
     ({"head": zeros(4)}, "head has shape (4,), rank 1; it must have rank 2: (width, vocabulary)."),
-    ({"x": zeros(2, 0, 4)}, "x has shape (2, 0, 4); every size must be at least 1."),
+    ({"x": zeros(2, 0, 4)}, "x has shape (2, 0, 4); every size, time included, must be"),
     ({"head": zeros(4, 0)}, "head has shape (4, 0); every size must be at least 1."),
     ({"x": zeros(2, 5, 4, dtype=int)}, "x has dtype int32; it must be floating, as float32."),
     ({"head": zeros(4, 9, dtype=int)}, "head has dtype int32; it must be floating, as float32."),
