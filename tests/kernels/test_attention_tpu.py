@@ -7,6 +7,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.attention import attention, pallas_tpu, pallas_walk
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 RULES = [(1000, True, 0), (1000, True, 200), (1000, False, 0), (130, True, 1), (7, True, 0)]
@@ -133,29 +134,11 @@ def test_documents_that_hide_whole_pairs_of_blocks(causal, monkeypatch):
     assert_matches_reference(draw(300, 4, 2, 16, ("sinks",)), segments=segments, causal=causal)
 
 
-def launches(jaxpr):
-    """The `pallas_call`s of a program, in order."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn
-        else:
-            inner = (p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
-            for one in inner:
-                yield from launches(getattr(one, "jaxpr", one))
-
-
 def test_costs_of_launches_are_the_formulas():
     """Four blocks: 10 pairs, in whose order the side that moves changes its block 8 times."""
     length, heads, dim, block, pairs, runs = 2048, 4, 128, 512, 10, 9
     given = {n: jnp.zeros((1, length, heads, dim), jnp.bfloat16) for n in "qkv"}
-
-    def both(given):
-        out, pull = jax.vjp(lambda a: attention(**a, impl="pallas_tpu"), given)
-        return out, pull(out)
-
-    with dispatch.interpreting():
-        found = launches(jax.make_jaxpr(both)(given).jaxpr)
-    forward, backward = (eqn.params["cost_estimate"] for eqn in found)
+    forward, backward = costs(attention, given)
     assert forward.flops == pairs * heads * 2 * block**2 * (dim + dim)
     assert backward.flops == pairs * heads * 2 * block**2 * (3 * dim + 2 * dim)
     tokens, stats = 2 * block * heads * dim, 4 * block * 2 * heads

@@ -20,6 +20,7 @@ from kernels.block_sparse_attention import (
     visits,
     xla,
 )
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 IMPLS = ["ref", "xla"]
@@ -446,20 +447,6 @@ def test_tpu_kernels_take_rows_in_pieces_where_lists_have_no_room(query_block, m
     kernel_against_reference(arrays, indices, **given)
 
 
-def estimates(jaxpr) -> list:
-    """The cost estimates of all kernels of a program, in order."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            found.append(eqn.params["cost_estimate"])
-            continue
-        for value in eqn.params.values():
-            for x in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
-                inner = getattr(x, "jaxpr", x)
-                found += estimates(inner) if hasattr(inner, "eqns") else []
-    return found
-
-
 def test_cost_estimates_of_the_tpu_kernels():
     """By hand: products and copied blocks of one row with 2 heads on 1, blocks of 16, K 8, V 24."""
     q, k, v = draw(1, 64, 2, 1, 8, 24)
@@ -468,14 +455,8 @@ def test_cost_estimates_of_the_tpu_kernels():
     down, across, _ = pallas_tpu._visits(plan, single, 16, 16, indices)
     assert single and plan.rows == 32
 
-    def both(q, k, v, slope):
-        run = functools.partial(block_sparse_attention, indices=indices, block=16)
-        out, pull = jax.vjp(functools.partial(run, impl="pallas_tpu"), q, k, v)
-        return out, pull(slope)
-
-    with dispatch.interpreting():
-        program = jax.make_jaxpr(both)(q, k, v, jnp.zeros((1, 64, 2, 24)))
-    forward, dq, dkv = estimates(program.jaxpr)
+    given = dict(q=q, k=k, v=v)
+    forward, dq, dkv = costs(block_sparse_attention, given, indices=indices, block=16)
     pairs = 2 * down.steps * 32 * down.each * 16
     assert forward.flops == pairs * (8 + 24)
     assert dq.flops == pairs * (8 + 24 + 8)

@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 from kernels import dispatch
 from kernels.cross_entropy import cross_entropy, pallas_tpu, xla
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 NAMES = ("total", "nll", "dx", "dhead", "dweights")
@@ -196,35 +197,16 @@ def test_faults(fault, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def launches(jaxpr):
-    """The `pallas_call`s of a program, in order."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn
-        else:
-            inner = (p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
-            for one in inner:
-                yield from launches(getattr(one, "jaxpr", one))
-
-
 def test_costs_of_tpu_launches_are_the_formulas():
     """32 rows and 301 entries: one tile of 32 rows, two of 256 entries, the last one ragged."""
-    given = draw(2, 16, 24, 301)
-    run = lambda *a: cross_entropy(*a, impl="pallas_tpu")  # noqa: E731
-    with dispatch.interpreting():
-        program = jax.make_jaxpr(lambda *a: value_and_slopes_of(run, *a))(*given)
-    costs = [eqn.params["cost_estimate"] for eqn in launches(program.jaxpr)]
+    x, head, targets, weights = draw(2, 16, 24, 301)
+    found = costs(cross_entropy, dict(x=x, head=head), targets=targets, weights=weights)
     rows, width, entries = 32, 24, 512
     product = 2 * rows * width * entries
-    assert [cost.flops for cost in costs] == [product, 2 * product, 2 * product]
+    assert [cost.flops for cost in found] == [product, 2 * product, 2 * product]
     x, head, number = 4 * rows * width, 4 * width * entries, 4 * rows
     moved = [x + head + 3 * number, 2 * x + head + 3 * number, x + 2 * head + 3 * number]
-    assert [cost.bytes_accessed for cost in costs] == moved
-
-
-def value_and_slopes_of(function, x, head, targets, weights):
-    total = lambda x, head: function(x, head, targets, weights)[0]  # noqa: E731
-    return jax.value_and_grad(total, (0, 1))(x, head)
+    assert [cost.bytes_accessed for cost in found] == moved
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])

@@ -7,6 +7,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.delta_rule import delta_rule, dplr
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 B, T, G, H, K, V = 2, 70, 2, 4, 8, 12
@@ -331,3 +332,42 @@ def test_the_tpu_kernel_says_what_it_does_not_take(heads, dim, gate, message):
     with dispatch.interpreting(), pytest.raises(ValueError, match=message) as caught:
         delta_rule(key, key, value, beta, gates, impl="pallas_tpu")
     assert "\n" not in str(caught.value)
+
+
+def launched(gate):
+    """float32 calls of a few chunks for counting: (arguments, length, heads, key, value)."""
+    length, heads, key, value = 256, 4, 32, 48
+    of_key, number = (1, length, heads, key), (1, length, heads)
+    shapes = dict(q=of_key, k=of_key, v=(1, length, heads, value))
+    shapes |= dict(a=of_key, b=of_key) if gate == "low rank" else dict(beta=number)
+    if gate != "none":
+        shapes["log_decay"] = number if gate == "scalar" else of_key
+    shapes["initial_state"] = (1, heads, key, value)
+    given = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return given, length, heads, key, value
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector", "low rank"])
+def test_costs_of_tpu_launches_are_the_formulas(gate):
+    """FLOPs of a chunk of 64 by hand: products of C C K, of C C V, of C K V, and the inverse."""
+    given, length, heads, key, value = launched(gate)
+    forward, backward = costs(dplr if gate == "low rank" else delta_rule, given)
+    chunk = 64
+    square = 2 * chunk * chunk
+    # Joining 16 + 16 twice and 32 + 32 once, two products each.
+    inverse = 2 * 2 * (2 * 16**3) + 2 * (2 * 32**3)
+    # Scores: q and k meet k. By halving, readers and writers meet at 4 (whole columns), 8, 16, 32
+    # (half of them): 5/4 C C K a pair, and twice that backward.
+    ours, theirs = {"vector": (2.5, 7.5), "low rank": (5, 15)}.get(gate, (2, 6))
+    values, states = {"low rank": ((4, 10), (4, 9))}.get(gate, ((2, 5), (3, 7)))
+    for found, keys, of_values, of_states in zip(
+        (forward, backward), (ours, theirs), values, states, strict=True
+    ):
+        one = square * (keys * key + of_values * value) + 2 * chunk * of_states * key * value
+        assert found.flops == heads * length // chunk * (one + inverse)
+
+    inputs = sum(4 * x.size for name, x in given.items() if name != "initial_state")
+    state, out = 4 * heads * key * value, 4 * length * heads * value
+    entering = state * length // chunk
+    assert forward.bytes_accessed == inputs + out + 2 * state + entering
+    assert backward.bytes_accessed == 2 * inputs + out + 2 * state + entering

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import dispatch
 from kernels.gated_linear import gated_linear, pallas_tpu
 from kernels.gated_linear.cases import GROUPS, HEADS, KEY, VALUE
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close, rms
 
 BATCH = 2
@@ -459,17 +460,6 @@ def test_short_rows_have_two_tpu_chunks():
     assert pallas_tpu.chunk_length(5000, 64) == 64
 
 
-def launches(jaxpr):
-    """The `pallas_call`s of a program, in order."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn
-        else:
-            inner = (p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
-            for one in inner:
-                yield from launches(getattr(one, "jaxpr", one))
-
-
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_costs_of_tpu_launches_are_the_formulas(gate):
     """FLOPs of the products and bytes of the copies, per chunk, by hand."""
@@ -477,16 +467,7 @@ def test_costs_of_tpu_launches_are_the_formulas(gate):
     arguments = draw_wide(
         gate, "bfloat16", length=length, groups=heads, heads=heads, key=key, value=value
     )
-    pull_out, pull_state = slopes(arguments)
-    pulls = pull_out.astype(jnp.bfloat16), pull_state.astype(np.float32)
-
-    def both(arguments):
-        outputs, pull = jax.vjp(lambda a: gated_linear(**a, impl="pallas_tpu"), arguments)
-        return outputs, pull(pulls)
-
-    with dispatch.interpreting():
-        found = launches(jax.make_jaxpr(both)(arguments).jaxpr)
-    forward, backward = (eqn.params["cost_estimate"] for eqn in found)
+    forward, backward = costs(gated_linear, arguments)
     chunk, programs = 128, 2 if gate == "scalar" else 4
     count, square, state = length // chunk, chunk * chunk, key * value
     levels = 0 if gate == "scalar" else 7

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import dispatch
 from kernels.count import Walk
 from kernels.grouped_matmul import cost, grouped_matmul, xla
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
@@ -202,6 +203,23 @@ def test_tpu_kernel_equals_a_loop_over_groups():
             found = run("pallas_tpu", *given)
         for a, b, what in zip(found, by_groups(*given), ("y", "dx", "dw"), strict=True):
             assert_close(a, b, "float32", what)
+
+
+def test_costs_of_tpu_launches_are_the_formulas():
+    """Tiles of 128 rows; a shared tile is a step for each of its groups: 4 groups + 4 tiles."""
+    rows, width, outputs, groups, tile = 512, 256, 384, 4, 128
+    given = {
+        "x": jnp.zeros((rows, width), jnp.bfloat16),
+        "weights": jnp.zeros((groups, width, outputs), jnp.bfloat16),
+    }
+    sizes = jnp.full(groups, rows // groups)
+    found = costs(grouped_matmul, given, group_sizes=sizes)
+    steps = groups + rows // tile
+    assert [cost.flops for cost in found] == [2 * steps * tile * width * outputs] * 3
+    # Forward, gradient of x, gradient of the weights: all read or write each row and matrix once,
+    # and the rows beyond all groups are a group.
+    moved = 2 * (rows * (width + outputs) + (groups + 1) * width * outputs)
+    assert [cost.bytes_accessed for cost in found] == [moved] * 3
 
 
 def test_a_tpu_kernel_needs_a_tpu():

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
 from kernels.linear_scan import linear_scan, pallas_tpu
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(linear_scan, static_argnames="impl")
@@ -209,26 +209,6 @@ def test_works_inside_shard_map():
     want = gradient(x, log_decay, state[0], lambda f: f)
     for name, mine, expected in zip(("dx", "dg", "dstate"), found, want, strict=True):
         assert_close(mine, expected, "float32", name)
-
-
-def launches(jaxpr):
-    """The cost estimates of a program's `pallas_call`s, in order."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn.params["cost_estimate"]
-        else:
-            for inner in core.jaxprs_in_params(eqn.params):
-                yield from launches(inner)
-
-
-def costs(function, arguments):
-    """Of the TPU kernel's forward and backward pass."""
-
-    def both(arguments):
-        outputs, pullback = jax.vjp(lambda given: function(**given, impl="pallas_tpu"), arguments)
-        return pullback(jax.tree.map(jnp.ones_like, outputs))
-
-    return list(launches(jax.make_jaxpr(both)(arguments).jaxpr))
 
 
 def test_costs_of_tpu_launches_are_the_formulas():

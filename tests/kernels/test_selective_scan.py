@@ -12,6 +12,7 @@ from jax.extend import core
 from kernels import dispatch
 from kernels.linear_scan import linear_scan
 from kernels.selective_scan import pallas_tpu, selective_scan
+from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(selective_scan, static_argnames="impl")
@@ -205,26 +206,6 @@ def test_no_array_holds_the_states_of_all_tokens():
 
     largest = largest_array(jax.make_jaxpr(jax.grad(total))(arguments).jaxpr)
     assert batch * length * width <= largest <= batch * length * width * state / 8
-
-
-def launches(jaxpr):
-    """The cost estimates of a program's `pallas_call`s, in order."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            yield eqn.params["cost_estimate"]
-        else:
-            for inner in core.jaxprs_in_params(eqn.params):
-                yield from launches(inner)
-
-
-def costs(function, arguments):
-    """Of the TPU kernel's forward and backward pass."""
-
-    def both(arguments):
-        outputs, pullback = jax.vjp(lambda given: function(**given, impl="pallas_tpu"), arguments)
-        return pullback(jax.tree.map(jnp.ones_like, outputs))
-
-    return list(launches(jax.make_jaxpr(both)(arguments).jaxpr))
 
 
 def test_costs_of_tpu_launches_are_the_formulas():
