@@ -21,7 +21,18 @@ from typing import Any
 from kernels.subject import Subject, both_passes
 
 FILE = Path(__file__).with_name("evidence.json")
+PAGE = FILE.parents[1] / "docs" / "kernel_evidence.md"
 REFERENCE = "v5e"
+PREAMBLE = """# What the TPU compiler says of the kernels
+
+Written by `python -m kernels.evidence` ({versions}), from kernels/evidence.json; no TPU was at hand
+and nothing was timed. Each line is one call of model size, forward and backward, bfloat16. Bytes
+are those of the program compiled for {reference}: moved between HBM and the chip, tiles padded, and
+held beside arguments and results. Under each generation stands the time that bytes and matrix
+passes bound for the chunked XLA form, over the same for the TPU kernel: above 1 the kernel is
+bound to less time. `impl=None` runs a function's kernel where all its lines are above 1.
+
+"""
 
 
 @functools.cache
@@ -153,11 +164,41 @@ def main() -> None:
 
 
 def write(name: str, lines: dict[str, list]) -> None:
-    """Replace one function's lines in the file."""
+    """Replace one function's lines in the file, and write the page anew."""
     everything = json.loads(FILE.read_text()) if FILE.exists() else {"functions": {}}
     everything["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
     everything["functions"][name] = lines
     FILE.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(everything))
+
+
+def page(everything: dict) -> str:
+    """The table of all functions, sizes and generations in Markdown."""
+    from kernels.dispatch import GENERATIONS
+
+    functions, generations = everything["functions"], list(GENERATIONS.values())
+    head = ["function", "size", "model GFLOP", "MB moved", "XLA moves", "MB held", "XLA holds"]
+    rows = [[*head, *generations], ["---"] * (len(head) + len(generations))]
+    for name in sorted(functions):
+        for lines in zip(*(functions[name][g] for g in generations), strict=True):
+            rows.append([name, *_figures(lines[generations.index(REFERENCE)])])
+            rows[-1] += [_ratio(line) for line in lines]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    versions = ", ".join(f"{package} {v}" for package, v in sorted(everything["versions"].items()))
+    return PREAMBLE.format(reference=REFERENCE, versions=versions) + table + "\n"
+
+
+def _figures(line: dict) -> list[str]:
+    found = [line["size"], f"{line['model_flops'] / 1e9:.0f}"]
+    names = ("bytes", "xla_bytes", "temp_bytes", "xla_temp_bytes")
+    return found + [f"{line[name] / 1e6:.0f}" if name in line else "" for name in names]
+
+
+def _ratio(line: dict) -> str:
+    """XLA's bound over the kernel's; what failed to compile says so."""
+    if not line["compiled"]:
+        return "does not compile"
+    return f"{line['xla_seconds'] / line['seconds']:.2f}"
 
 
 if __name__ == "__main__":
