@@ -7,48 +7,10 @@ import pytest
 from jax.test_util import check_grads
 
 from kernels.attention import attention, cached_attention, xla
+from tests.kernels.heads import assert_same, by_hand, draw, value_and_slopes
 from tests.tolerance import assert_close
 
 SLOPES = (0, 1, 2)
-
-
-def draw(batch, length, heads, groups, key, value, *, slots=None, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    slots = slots or length
-    shapes = ((length, heads, key), (slots, groups, key), (slots, groups, value))
-    return tuple(jnp.asarray(rng.normal(size=(batch, *shape)), dtype) for shape in shapes)
-
-
-def value_and_slopes(function, q, k, v, seed=7):
-    """(out, gradients of q, k, v) for a random cotangent, as NumPy arrays."""
-
-    @jax.jit
-    def run(q, k, v, cotangent):
-        out, pullback = jax.vjp(function, q, k, v)
-        return out, *pullback(cotangent)
-
-    shape = (*q.shape[:3], v.shape[3])
-    cotangent = jnp.asarray(np.random.default_rng(seed).normal(size=shape), v.dtype)
-    return [np.asarray(x) for x in run(q, k, v, cotangent)]
-
-
-def assert_same(found, expected, dtype="float32"):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert_close(a, b, dtype, name)
-
-
-def by_hand(q, k, v, visible, scale):
-    """Loops over batch, heads and queries in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros((*q.shape[:3], v.shape[3]))
-    for b, t, h in np.ndindex(q.shape[:3]):
-        seen = np.flatnonzero(visible[b, t])
-        g = h * k.shape[2] // q.shape[2]
-        if len(seen):
-            scores = scale * k[b, seen, g] @ q[b, t, h]
-            weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights @ v[b, seen, g] / weights.sum()
-    return out
 
 
 def causal_mask(length, window=0):

@@ -20,6 +20,7 @@ from kernels.block_sparse_attention import (
     visits,
     xla,
 )
+from tests.kernels.heads import assert_same, by_hand, draw, value_and_slopes
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
@@ -30,47 +31,8 @@ each_form = pytest.mark.parametrize(
 )
 
 
-def draw(batch, length, heads, groups, key, value, *, slots=None, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    slots = slots or length
-    shapes = ((length, heads, key), (slots, groups, key), (slots, groups, value))
-    return tuple(jnp.asarray(rng.normal(size=(batch, *shape)), dtype) for shape in shapes)
-
-
 def random_lists(*shape, blocks, seed=1):
     return np.random.default_rng(seed).integers(-1, blocks, shape).astype(np.int32)
-
-
-def value_and_slopes(function, q, k, v, seed=7):
-    """(out, gradients of q, k, v) for a random cotangent, as NumPy arrays."""
-
-    @jax.jit
-    def run(q, k, v, cotangent):
-        out, pullback = jax.vjp(function, q, k, v)
-        return out, *pullback(cotangent)
-
-    shape = (*q.shape[:3], v.shape[3])
-    cotangent = jnp.asarray(np.random.default_rng(seed).normal(size=shape), v.dtype)
-    return [np.asarray(x) for x in run(q, k, v, cotangent)]
-
-
-def assert_same(found, expected, dtype="float32"):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert_close(a, b, dtype, name)
-
-
-def by_hand(q, k, v, chosen, visible, scale):
-    """Loops over batch, heads and queries in float64; chosen (B, H, T, S), visible (B, T, S)."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros((*q.shape[:3], v.shape[3]))
-    for b, t, h in np.ndindex(q.shape[:3]):
-        seen = np.flatnonzero(visible[b, t] & chosen[b, h, t])
-        g = h * k.shape[2] // q.shape[2]
-        if len(seen):
-            scores = scale * k[b, seen, g] @ q[b, t, h]
-            weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights @ v[b, seen, g] / weights.sum()
-    return out
 
 
 def chosen_pairs(indices, batch, heads, length, slots, query_block, block):
@@ -102,10 +64,10 @@ def test_equals_brute_force(impl, known, shared, block, query_block):
     given = {"block": block, "query_block": query_block, "impl": impl}
     indices = indices if known else jnp.asarray(indices)
     run = jax.jit(lambda *a: block_sparse_attention(*a, indices, window=13, **given))
-    visible = np.broadcast_to(causal_mask(61, 13), (2, 61, 61))
-    assert_close(run(q, k, v), by_hand(q, k, v, chosen, visible, 8**-0.5), "float32", "out")
+    expected = by_hand(q, k, v, chosen & causal_mask(61, 13), 8**-0.5)
+    assert_close(run(q, k, v), expected, "float32", "out")
     run = jax.jit(lambda *a: block_sparse_attention(*a, indices, causal=False, scale=0.3, **given))
-    expected = by_hand(q, k, v, chosen, np.ones_like(visible), 0.3)
+    expected = by_hand(q, k, v, chosen, 0.3)
     assert_close(run(q, k, v), expected, "float32", "out")
 
 
@@ -606,7 +568,7 @@ def test_patterns_run():
     ):
         chosen = np.kron(pattern_mask(found), np.ones((8, 8), bool))[None, None, :75, :75]
         chosen = np.broadcast_to(chosen, (1, 2, 75, 75))
-        expected = by_hand(q, k, v, chosen, causal_mask(75)[None], 8**-0.5)
+        expected = by_hand(q, k, v, chosen & causal_mask(75), 8**-0.5)
         run = lambda *a, i=found: block_sparse_attention(*a, i[None, None], block=8)
         out = jax.jit(run)(q, k, v)
         assert_close(out, expected, "float32", "out")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
 from kernels.linear_scan import complex_linear_scan, linear_scan, pallas_tpu
 from kernels.linear_scan.rotation import cos_and_sin, one_part, two_parts
+from tests.kernels import packed
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
@@ -18,21 +18,8 @@ compiled = jax.jit(complex_linear_scan, static_argnames="impl")
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 each_kind = pytest.mark.parametrize("constant", (True, False), ids=("constant", "per-step"))
 NAMES = ("dx_real", "dx_imag", "dlog_decay", "dphase", "dstate")
-SEGMENTS = np.array(
-    [
-        [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
-        [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ],
-    np.int32,
-)
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    """TPU kernels run in Pallas' interpreter."""
-    with dispatch.interpreting():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
+SEGMENTS = packed.SEGMENTS[:3]
 
 
 def draw(batch, length, width, constant, seed=0):
@@ -57,13 +44,10 @@ def brute_force(x_real, x_imag, log_decay, phase, state, segments):
     factor = np.broadcast_to(np.exp(log_decay + 1j * phase), x.shape)
     h, final = np.zeros_like(x), state[:, 0] + 1j * state[:, 1]
     for row in range(x.shape[0]):
-        current, document = final[row], None
-        for t, number in enumerate(segments[row]):
-            if number == 0:
-                continue
-            if document is not None and number != document:
+        current = final[row]
+        for t, starts in packed.tokens(segments[row]):
+            if starts:
                 current = np.zeros_like(current)
-            document = number
             h[row, t] = current = factor[row, t] * current + x[row, t]
         final[row] = current
     return (h.real, h.imag), np.stack([final.real, final.imag], axis=1)

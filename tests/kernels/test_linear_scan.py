@@ -8,26 +8,14 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
 from kernels.linear_scan import linear_scan, pallas_tpu
+from tests.kernels import packed
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(linear_scan, static_argnames="impl")
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
-SEGMENTS = np.array(
-    [
-        [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
-        [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ],
-    np.int32,
-)
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    """TPU kernels run in Pallas' interpreter."""
-    with dispatch.interpreting():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
+SEGMENTS = packed.SEGMENTS[:3]
 
 
 def draw(shape, seed=0):
@@ -42,13 +30,10 @@ def brute_force(x, log_decay, segments, state):
     x, log_decay, state = (np.asarray(value, np.float64) for value in (x, log_decay, state))
     h, final = np.zeros_like(x), state.copy()
     for row in range(x.shape[0]):
-        current, document = state[row], None
-        for t, number in enumerate(segments[row]):
-            if number == 0:
-                continue
-            if document is not None and number != document:
+        current = state[row]
+        for t, starts in packed.tokens(segments[row]):
+            if starts:
                 current = np.zeros_like(current)
-            document = number
             current = np.exp(log_decay[row, t]) * current + x[row, t]
             h[row, t] = current
         final[row] = current

@@ -8,21 +8,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.long_conv import cost, fourier, long_conv, xla
+from tests.kernels.packed import SEGMENTS, tokens
 from tests.tolerance import assert_close
 
 compiled = jax.jit(long_conv, static_argnames="impl")
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
 each_form = pytest.mark.parametrize("form", fourier.FORMS)
-ROWS = [
-    [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
-    [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3],
-    [3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5],
-]
-SEGMENTS = np.asarray(ROWS, np.int32)
 
 
 def draw(batch, length, taps, *, channels=3, seed=0):
@@ -37,13 +28,10 @@ def brute_force(x, filters, skip, segments, tail):
     x, filters, skip, tail = (np.asarray(value, np.float64) for value in (x, filters, skip, tail))
     taps, y, final = len(filters), np.zeros_like(x), tail.copy()
     for row in range(len(x)):
-        seen, document = list(tail[row]), None
-        for t, number in enumerate(segments[row]):
-            if number == 0:
-                continue
-            if document is not None and number != document:
+        seen = list(tail[row])
+        for t, starts in tokens(segments[row]):
+            if starts:
                 seen = [np.zeros_like(skip)] * (taps - 1)
-            document = number
             seen.append(x[row, t])
             y[row, t] = skip * x[row, t] + sum(filters[n] * seen[-1 - n] for n in range(taps))
         final[row] = seen[len(seen) - taps + 1 :]
@@ -77,7 +65,7 @@ def cut(rng, batch, length, longest):
 @each_impl
 @pytest.mark.parametrize("taps", [2, 5, 14, 40])
 def test_equals_a_loop_over_tokens(impl, taps):
-    x, filters, skip, tail = draw(len(ROWS), 14, taps)
+    x, filters, skip, tail = draw(len(SEGMENTS), 14, taps)
     given = dict(segments=jnp.asarray(SEGMENTS), initial_state=tail)
     y, final = compiled(x, filters, skip, **given, impl=impl)
     want, want_final = brute_force(x, filters, skip, SEGMENTS, tail)
@@ -221,7 +209,7 @@ def test_no_state_means_zeros_and_no_skip_means_zero(impl, taps, length):
 
 @each_impl
 def test_nan_at_padding_reaches_nothing(impl):
-    x, filters, skip, tail = draw(len(ROWS), 14, 20)
+    x, filters, skip, tail = draw(len(SEGMENTS), 14, 20)
     padding = jnp.asarray(SEGMENTS == 0)[..., None]
 
     def total(x, filters, skip, tail):

@@ -12,27 +12,15 @@ from jax.extend import core
 from kernels import dispatch
 from kernels.linear_scan import linear_scan
 from kernels.selective_scan import pallas_tpu, selective_scan
+from tests.kernels import packed
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(selective_scan, static_argnames="impl")
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 NAMES = ("x", "dt", "A", "Bm", "Cm", "D", "initial_state")
-SEGMENTS = np.array(
-    [
-        [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
-        [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ],
-    np.int32,
-)
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    """TPU kernels run in Pallas' interpreter."""
-    with dispatch.interpreting():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
+SEGMENTS = packed.SEGMENTS[:3]
 
 
 def draw(batch, length, width=5, state=3, seed=0):
@@ -56,13 +44,10 @@ def brute_force(arguments, segments):
     x, dt, A, Bm, Cm, D, state = given
     y, final = np.zeros_like(x), state.copy()
     for row in range(x.shape[0]):
-        current, document = state[row], None
-        for t, number in enumerate(segments[row]):
-            if number == 0:
-                continue
-            if document is not None and number != document:
+        current = state[row]
+        for t, starts in packed.tokens(segments[row]):
+            if starts:
                 current = np.zeros_like(current)
-            document = number
             current = np.exp(dt[row, t][:, None] * A) * current
             current += np.outer(dt[row, t] * x[row, t], Bm[row, t])
             y[row, t] = current @ Cm[row, t] + D * x[row, t]

@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 
 from kernels.short_conv import short_conv
+from tests.kernels.packed import SEGMENTS, tokens
 from tests.tolerance import assert_close
 
 compiled = jax.jit(short_conv, static_argnames=("activation", "impl"))
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla"))
 each_width = pytest.mark.parametrize("width", (2, 4, 8))
-ROWS = [
-    [0, 0, 4, 4, 4, 9, 0, 0, 2, 2, 2, 2, 2, 0],
-    [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 3, 3, 3, 3],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3],
-    [3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5],
-]
-SEGMENTS = np.asarray(ROWS, np.int32)
 
 
 def draw(batch, length, width, *, channels=3, seed=0):
@@ -35,13 +26,10 @@ def brute_force(x, weight, bias, segments, tail, activation):
     x, weight, bias, tail = (np.asarray(value, np.float64) for value in (x, weight, bias, tail))
     width, y, final = len(weight), np.zeros_like(x), tail.copy()
     for row in range(len(x)):
-        seen, document = list(tail[row]), None
-        for t, number in enumerate(segments[row]):
-            if number == 0:
-                continue
-            if document is not None and number != document:
+        seen = list(tail[row])
+        for t, starts in tokens(segments[row]):
+            if starts:
                 seen = [np.zeros_like(bias)] * (width - 1)
-            document = number
             seen.append(x[row, t])
             total = bias + sum(weight[w] * seen[len(seen) - width + w] for w in range(width))
             y[row, t] = total / (1 + np.exp(-total)) if activation == "silu" else total
@@ -53,7 +41,7 @@ def brute_force(x, weight, bias, segments, tail, activation):
 @each_width
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_equals_a_loop_over_tokens(impl, width, activation):
-    x, weight, bias, tail = draw(len(ROWS), 14, width)
+    x, weight, bias, tail = draw(len(SEGMENTS), 14, width)
     y, final = compiled(
         x,
         weight,
@@ -183,7 +171,7 @@ def test_no_state_means_zeros_and_no_bias_means_zero(impl, length):
 
 @each_impl
 def test_nan_at_padding_reaches_nothing(impl):
-    x, weight, bias, tail = draw(len(ROWS), 14, 4)
+    x, weight, bias, tail = draw(len(SEGMENTS), 14, 4)
     padding = jnp.asarray(SEGMENTS == 0)[..., None]
 
     def total(x, weight, bias, tail):

@@ -10,11 +10,7 @@ from jax.sharding import AxisType
 
 from kernels import dispatch, tpu
 
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    with dispatch.interpreting():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def product(a, b, block=128):
