@@ -47,3 +47,25 @@ def by_hand(q, k, v, visible, scale):
             weights = np.exp(scores - scores.max())
             out[b, t, h] = weights @ v[b, seen, g] / weights.sum()
     return out
+
+
+def random_lists(*shape, blocks, seed=1):
+    """Lists with -1 and repeated entries among them."""
+    return np.random.default_rng(seed).integers(-1, blocks, shape).astype(np.int32)
+
+
+def chosen_pairs(indices, batch, heads, length, slots, query_block, block):
+    """(B, H, T, S) by a loop over the entries of every list."""
+    found = np.zeros((batch, heads, length, slots), bool)
+    for b, h, t in np.ndindex(batch, heads, length):
+        row = indices[b % indices.shape[0], h * indices.shape[1] // heads, t // query_block]
+        for i in row:
+            if i >= 0:
+                found[b, h, t, i * block : (i + 1) * block] = True
+    return found
+
+
+def causal_mask(length, window=0):
+    """(T, S) booleans."""
+    distance = np.arange(length)[:, None] - np.arange(length)
+    return (distance >= 0) & ((distance < window) if window else True)

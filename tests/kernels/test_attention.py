@@ -7,15 +7,10 @@ import pytest
 from jax.test_util import check_grads
 
 from kernels.attention import attention, cached_attention, xla
-from tests.kernels.heads import assert_same, by_hand, draw, value_and_slopes
+from tests.kernels.heads import assert_same, by_hand, causal_mask, draw, value_and_slopes
 from tests.tolerance import assert_close
 
 SLOPES = (0, 1, 2)
-
-
-def causal_mask(length, window=0):
-    distance = np.arange(length)[:, None] - np.arange(length)
-    return (distance >= 0) & ((distance < window) if window else True)
 
 
 @pytest.mark.parametrize("impl", ["ref", "xla"])

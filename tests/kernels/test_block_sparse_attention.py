@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels import dispatch
 from kernels.attention import attention, cached_attention
 from kernels.block_sparse_attention import (
     block_sparse_attention,
     cached_block_sparse_attention,
     cost,
     lists,
-    pallas_tpu,
     patterns,
-    visits,
     xla,
 )
-from tests.kernels.heads import assert_same, by_hand, draw, value_and_slopes
-from tests.kernels.launches import costs
+from tests.kernels.heads import (
+    assert_same,
+    by_hand,
+    causal_mask,
+    chosen_pairs,
+    draw,
+    random_lists,
+    value_and_slopes,
+)
 from tests.tolerance import assert_close
 
 IMPLS = ["ref", "xla"]
@@ -29,26 +33,6 @@ IMPLS = ["ref", "xla"]
 each_form = pytest.mark.parametrize(
     ("impl", "known"), [("ref", True), ("xla", True), ("xla", False)]
 )
-
-
-def random_lists(*shape, blocks, seed=1):
-    return np.random.default_rng(seed).integers(-1, blocks, shape).astype(np.int32)
-
-
-def chosen_pairs(indices, batch, heads, length, slots, query_block, block):
-    """(B, H, T, S) by a loop over the entries of every list."""
-    found = np.zeros((batch, heads, length, slots), bool)
-    for b, h, t in np.ndindex(batch, heads, length):
-        row = indices[b % indices.shape[0], h * indices.shape[1] // heads, t // query_block]
-        for i in row:
-            if i >= 0:
-                found[b, h, t, i * block : (i + 1) * block] = True
-    return found
-
-
-def causal_mask(length, window=0):
-    distance = np.arange(length)[:, None] - np.arange(length)
-    return (distance >= 0) & ((distance < window) if window else True)
 
 
 @each_form
@@ -316,141 +300,6 @@ def test_groups_hold_every_entry_once(known):
                 assert (own < blocks).sum() == len(legal)
 
 
-def pairs_of(walk, unit, owner_is_query):
-    """Sorted (query block, key block) of every visit; owners must come in order and all of them."""
-    own = walk.owner[tuple(min(u, n - 1) for u, n in zip(unit, walk.owner.shape, strict=False))]
-    assert (np.diff(own) >= 0).all() and set(own.tolist()) == set(range(own.max() + 1))
-    members = np.asarray(walk.member[unit]).reshape(walk.steps, walk.each)
-    found = [(o, m) for o, row in zip(own.tolist(), members.tolist(), strict=True) for m in row]
-    return sorted((o, m) if owner_is_query else (m, o) for o, m in found if m >= 0)
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("width", "causal"), [(3, True), (12, True), (4, False)])
-def test_visits_meet_every_pair_once(known, width, causal):
-    """Also where lists of 12 could name every block, whose steps by key are then static."""
-    count, blocks = 12, 12
-    indices = random_lists(2, 3, count, width, blocks=blocks)
-    first, end = lists.reach(count * 4, 4, 4, causal, 0)
-    given = indices if known else jnp.asarray(indices)
-    chosen = lists.distinct(given, first, end, blocks)
-    chosen = (np if known else jnp).sort(chosen, axis=-1)
-    bound = np.minimum(end - first, width)
-    counts = (chosen != blocks).sum(-1).max((0, 1)) if known else bound
-    at = np.arange(blocks)
-    reached = ((first[:, None] <= at) & (at < end[:, None])).sum(0)
-    down = visits.by_query(chosen, counts, 4, blocks)
-    across = visits.by_key(chosen, counts, reached, 4)
-    down, across = (visits.Visits(*(np.asarray(x) for x in walk)) for walk in (down, across))
-    for unit in np.ndindex(2, 3):
-        rows = [set(row.tolist()) for row in indices[unit]]
-        expected = [(n, j) for n in range(count) for j in range(blocks)
-                    if j in rows[n] and (j <= n or not causal)]  # fmt: skip
-        assert pairs_of(down, unit, True) == expected
-        assert pairs_of(across, unit, False) == expected
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("span", "blocks"), [(4, 10), (40, 100)])
-def test_tiles_name_the_spans_and_bits_of_their_lists(known, span, blocks):
-    """Two heads of 7 lists each in tiles of 3; spans of 40 blocks take two words."""
-    indices = random_lists(1, 2, 14, 5, blocks=blocks)
-    given = indices if known else jnp.asarray(indices)
-    every = np.zeros(14, np.int32), np.full(14, blocks, np.int32)
-    chosen = lists.distinct(given, *every, blocks)
-    coarse, bits = (np.asarray(x) for x in visits.tile(chosen, 2, 3, span, blocks))
-    words = -(-span // 32)
-    assert coarse.shape[2] == 6 and bits.shape == (1, 2, 6, -(-blocks // span) * words, 3)
-    for g, head, n in np.ndindex(2, 2, 7):
-        named = {i for i in indices[0, g, head * 7 + n].tolist() if i >= 0}
-        tile, row = head * 3 + n // 3, n % 3
-        has = lambda i, g=g, t=tile, r=row: (
-            bits[0, g, t, i // span * words + i % span // 32, r] >> (i % span % 32) & 1
-        )
-        assert {i for i in range(blocks) if has(i)} == named
-        assert {i // span for i in named} <= set(coarse[0, g, tile].tolist())
-
-
-def kernel_against_reference(arrays, indices, **given):
-    run = functools.partial(block_sparse_attention, indices=indices, **given)
-    expected = value_and_slopes(functools.partial(run, impl="ref"), *arrays)
-    with dispatch.interpreting():
-        assert_same(value_and_slopes(functools.partial(run, impl="pallas_tpu"), *arrays), expected)
-
-
-@pytest.mark.parametrize(
-    ("block", "query_block", "heads", "options"),
-    [
-        (1, 1, 4, {}),  # spans of more than 32 blocks: two words of bits
-        (16, 16, 4, {"causal": False}),  # single blocks, a list for every query head
-        (64, 32, 1, {"window": 40}),  # one list for all heads
-    ],
-)
-@pytest.mark.parametrize("known", [True, False])
-def test_tpu_kernels_match_the_reference(block, query_block, heads, options, known):
-    arrays = draw(2, 140, 4, 2, 8, 6)
-    shape = (1, heads, -(-140 // query_block), 4)
-    indices = random_lists(*shape, blocks=-(-140 // block))
-    segments = jnp.asarray(np.repeat([[1, 2, 0], [7, 0, 7]], [60, 70, 10], axis=1), jnp.int32)
-    given = options | {"block": block, "query_block": query_block, "segments": segments}
-    kernel_against_reference(arrays, indices if known else jnp.asarray(indices), **given)
-
-
-@pytest.mark.parametrize("query_block", [1, 16])
-def test_tpu_kernels_take_rows_in_pieces_where_lists_have_no_room(query_block, monkeypatch):
-    """With just enough scalar memory for one key head the launches are mapped over all four."""
-    arrays = draw(2, 70, 4, 2, 8, 6)
-    indices = jnp.asarray(random_lists(2, 2, -(-70 // query_block), 3, blocks=9))
-    segments = jnp.asarray(np.repeat([[1, 2, 0], [7, 0, 7]], [30, 30, 10], axis=1), jnp.int32)
-    given = {"block": 8, "query_block": query_block, "segments": segments}
-    monkeypatch.setattr(pallas_tpu, "SCALAR_BYTES", 0)
-    reason = pallas_tpu.uncovered("block_sparse_attention", *arrays, indices, **given)
-    monkeypatch.setattr(pallas_tpu, "SCALAR_BYTES", int(reason.split()[0]))
-    kernel_against_reference(arrays, indices, **given)
-
-
-def test_cost_estimates_of_the_tpu_kernels():
-    """By hand: products and copied blocks of one row with 2 heads on 1, blocks of 16, K 8, V 24."""
-    q, k, v = draw(1, 64, 2, 1, 8, 24)
-    indices = jnp.asarray(random_lists(1, 1, 4, 2, blocks=4))
-    plan, single = pallas_tpu._plan(q, k, indices, 16, 16, True, 0, 1.0, False)
-    down, across, _ = pallas_tpu._visits(plan, single, 16, 16, indices)
-    assert single and plan.rows == 32
-
-    given = dict(q=q, k=k, v=v)
-    forward, dq, dkv = costs(block_sparse_attention, given, indices=indices, block=16)
-    pairs = 2 * down.steps * 32 * down.each * 16
-    assert forward.flops == pairs * (8 + 24)
-    assert dq.flops == pairs * (8 + 24 + 8)
-    assert dkv.flops == 2 * across.steps * 16 * across.each * 32 * (8 + 24 + 24 + 8)
-    keys = down.steps * down.each * 16 * (8 + 24)
-    rows = 4 * 32  # of all query blocks, each copied once
-    assert forward.bytes_accessed == 4 * (keys + rows * (8 + 24 + 2))
-    assert dq.bytes_accessed == 4 * (keys + rows * (8 + 24 + 2 + 1 + 8))
-    members = across.steps * across.each * 32 * (8 + 24 + 2 + 1)
-    assert dkv.bytes_accessed == 4 * (members + 4 * 16 * 2 * (8 + 24))
-
-
-@pytest.mark.parametrize(
-    ("length", "block", "query_block", "entries", "message"),
-    [
-        (600, 1, 1, 300, "serve 300 entries a list for 1 queries; the most are 256 for less than"),
-        (2042, 1021, 16, 2, "serve block 1021 has no divisor from 8 to 512; use impl='xla'."),
-        (1 << 17, 64, 1, 16, "bytes of lists a key head; the most are 786432; use impl='xla'."),
-    ],
-)
-def test_what_the_tpu_kernels_do_not_serve(length, block, query_block, entries, message):
-    like = jax.ShapeDtypeStruct
-    q, k = like((1, length, 16, 8), jnp.float32), like((1, length, 1, 8), jnp.float32)
-    indices = like((1, 1, -(-length // query_block), entries), jnp.int32)
-    given = {"block": block, "query_block": query_block}
-    run = functools.partial(block_sparse_attention, **given, impl="pallas_tpu")
-    with dispatch.interpreting(), pytest.raises(ValueError) as error:
-        jax.eval_shape(run, q, k, k, indices)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert pallas_tpu.uncovered("block_sparse_attention", q, k, k, indices, **given)
-
-
 def temporary_bytes(function, *arguments):
     compiled = jax.jit(function).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -498,100 +347,6 @@ def test_programs_do_not_grow_with_the_lists():
         return equations(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(*shapes).jaxpr)
 
     assert size(1000) < 1.2 * size(100) < 1000
-
-
-def pattern_mask(found):
-    """(N, N) of an (N, M) list, which must be in rising order with -1 last."""
-    mask = np.zeros((len(found), len(found)), bool)
-    for n, row in enumerate(found):
-        entries = row[row >= 0]
-        assert (np.diff(entries) > 0).all() and (row[len(entries) :] == -1).all()
-        mask[n, entries] = True
-    assert found.dtype == np.int32 and (mask.sum(1).max() == found.shape[1])
-    return mask
-
-
-PATTERNS = {  # a list, and whether query block n sees key block j
-    "sliding": (patterns.sliding(20, before=3, after=1), lambda n, j: -1 <= n - j <= 3),
-    "strided": (
-        patterns.strided(20, stride=4),
-        lambda n, j: j in range(max(0, n - 4), n + 1) or (j <= n and (n - j) % 4 == 0),
-    ),
-    "fixed": (
-        patterns.fixed(20, stride=4, summary=2),
-        lambda n, j: j <= n and (n // 4 == j // 4 or j % 4 in (2, 3)),
-    ),
-    "longformer": (
-        patterns.longformer(20, before=2, after=2, globals=(0, 9), causal=False),
-        lambda n, j: abs(n - j) <= 2 or {n, j} & {0, 9},
-    ),
-    "longformer, causal": (
-        patterns.longformer(20, before=2, globals=(1,)),
-        lambda n, j: j <= n and (n - j <= 2 or {n, j} & {1}),
-    ),
-    "bigbird without random": (
-        patterns.bigbird(20, globals=(0, 1), random=0),
-        lambda n, j: abs(n - j) <= 1 or {n, j} & {0, 1},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_patterns_equal_their_definitions(name):
-    found, sees = PATTERNS[name]
-    expected = [[bool(sees(n, j)) for j in range(20)] for n in range(20)]
-    np.testing.assert_array_equal(pattern_mask(found), expected)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_bigbird_adds_random_blocks_by_seed(causal):
-    base = pattern_mask(patterns.bigbird(50, random=0, causal=causal))
-    masks = [pattern_mask(patterns.bigbird(50, seed=s, causal=causal)) for s in (0, 0, 1)]
-    np.testing.assert_array_equal(masks[0], masks[1])
-    assert (masks[0] != masks[2]).any()
-    for mask in masks:
-        assert (mask >= base).all()
-        room = (np.arange(50) + 1 if causal else 50) - base.sum(1)
-        np.testing.assert_array_equal((mask & ~base).sum(1), np.minimum(room, 3))
-        assert not (causal and np.triu(mask, 1).any())
-    spread = np.flatnonzero((masks[0] & ~base).any(0))
-    assert len(spread) > 30, "random blocks come from the whole row."
-
-
-def test_patterns_run():
-    """Sparse attention with a pattern is dense attention with its mask."""
-    q, k, v = draw(1, 75, 2, 2, 8, 6)
-    for found in (
-        patterns.bigbird(10, causal=True),
-        patterns.strided(10, stride=3),
-        patterns.sliding(10, before=2),
-    ):
-        chosen = np.kron(pattern_mask(found), np.ones((8, 8), bool))[None, None, :75, :75]
-        chosen = np.broadcast_to(chosen, (1, 2, 75, 75))
-        expected = by_hand(q, k, v, chosen & causal_mask(75), 8**-0.5)
-        run = lambda *a, i=found: block_sparse_attention(*a, i[None, None], block=8)
-        out = jax.jit(run)(q, k, v)
-        assert_close(out, expected, "float32", "out")
-
-
-@pytest.mark.parametrize(
-    ("function", "given", "message"),
-    [
-        (patterns.sliding, {"blocks": 0, "before": 1}, "blocks is 0; it must be at least 1."),
-        (patterns.sliding, {"blocks": 4, "before": -1}, "before is -1; it must be at least 0."),
-        (patterns.strided, {"blocks": 4, "stride": 0}, "stride is 0; it must be at least 1."),
-        (
-            patterns.longformer,
-            {"blocks": 4, "before": 1, "globals": (4,)},
-            "globals names block 4; blocks are 0 to 3, the nearest 3.",
-        ),
-        (patterns.bigbird, {"blocks": 4, "random": -2}, "random is -2; it must be at least 0."),
-    ],
-)
-def test_faults_of_patterns(function, given, message):
-    with pytest.raises(ValueError) as error:
-        function(**given)
-    assert str(error.value) == message
 
 
 def zeros(*shape, dtype=np.float32):
