@@ -22,6 +22,7 @@ _FREE = frozenset(
     " copy-done async-done slice-done send-done recv-done opt-barrier custom-call-done".split()
 )
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand the update is
 
 
 class Array(NamedTuple):
@@ -153,8 +154,11 @@ def _plain(computation: Computation, one: Instruction) -> int:
     sources = [computation[n] for n in one.operands if n in computation]
     if one.opcode in _SLICES:
         return results + _share(sources[0], sum(a.size for a in one.arrays))
-    if one.opcode == "dynamic-update-slice":
-        return _share(sources[1]) + _share(one, sum(a.size for a in sources[1].arrays))
+    if one.opcode in _UPDATES:
+        update = computation[one.operands[_UPDATES[one.opcode]]]
+        size = sum(a.size for a in update.arrays)
+        old = size if one.opcode == "scatter" else 0  # what is added to is read
+        return sum(_share(s) for s in sources[1:]) + _share(sources[0], old) + _share(one, size)
     return results + sum(_share(source) for source in sources)
 
 
@@ -202,6 +206,8 @@ def _read(computations: dict[str, Computation], inside: Computation, number: int
                 count += _read(computations, computations[_called(user, "calls")], position)
             elif user.opcode in _SLICES and position == 0:
                 count += sum(a.size for a in user.arrays)
+            elif user.opcode == "scatter" and position == 0:
+                count += sum(a.size for a in inside[user.operands[_UPDATES["scatter"]]].arrays)
             elif user.opcode != "dynamic-update-slice" or position:
                 count += whole
     return min(whole, count)
@@ -216,7 +222,8 @@ def _written(one: Instruction, inside: Computation) -> int:
         while output.opcode in ("bitcast", "copy") and output.operands[0] in inside:
             output = inside[output.operands[0]]
         size = array.size
-        if output.opcode == "dynamic-update-slice":
-            size = sum(a.size for a in inside[output.operands[1]].arrays)
+        if output.opcode in _UPDATES:
+            update = inside[output.operands[_UPDATES[output.opcode]]]
+            size = sum(a.size for a in update.arrays)
         count += 0 if array.on_chip else size
     return count

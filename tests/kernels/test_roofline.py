@@ -128,3 +128,27 @@ ENTRY %main (a: f32[64,128]) -> f32[64,64] {{
 }}
 """
     assert roofline.hbm_bytes(text) == round(1000 * (128 + 128) / (128 + 64))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scatter_moves_its_updates_and_what_they_replace(fused):
+    scatter = "f32[64,128]{1,0} scatter(%a, %at, %new), to_apply=%add"
+    inside = """
+%scattering (a: f32[64,128], at: s32[4,1], new: f32[4,128]) -> f32[64,128] {
+  %a = f32[64,128]{1,0} parameter(0)
+  %at = s32[4,1]{1,0} parameter(1)
+  %new = f32[4,128]{1,0} parameter(2)
+  ROOT %put = SCATTER
+}
+""".replace("SCATTER", scatter)
+    last = "f32[64,128]{1,0} fusion(%a, %at, %new), kind=kCustom, calls=%scattering"
+    text = f"""HloModule jit_s
+{inside if fused else ""}
+ENTRY %main (a: f32[64,128], at: s32[4,1], new: f32[4,128]) -> f32[64,128] {{
+  %a = f32[64,128]{{1,0}} parameter(0)
+  %at = s32[4,1]{{1,0}} parameter(1)
+  %new = f32[4,128]{{1,0}} parameter(2)
+  ROOT %done = {last if fused else scatter}
+}}
+"""
+    assert roofline.hbm_bytes(text) == 3 * 4 * 128 * 4 + 4 * 4
