@@ -138,9 +138,9 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
 
 
 def _default(operation: str, function: str) -> Callable:
-    plain = getattr(_module(operation, "xla"), function)
-    if not evidence.favours(operation, function, target()):
-        _announce(function, "xla", target())
+    plain, where = getattr(_module(operation, "xla"), function), target()
+    if not evidence.favours(operation, function, where):
+        _announce(function, "xla", where)
         return plain
     module = _module(operation, "pallas_tpu")
     kernel = getattr(module, function)
@@ -148,7 +148,7 @@ def _default(operation: str, function: str) -> Callable:
     @functools.wraps(plain)
     def run(*args, **kwargs):
         reason = module.uncovered(function, *args, **kwargs)
-        _announce(function, "xla" if reason else "pallas_tpu", target(), reason)
+        _announce(function, "xla" if reason else "pallas_tpu", where, reason)
         return (plain if reason else kernel)(*args, **kwargs)
 
     return run

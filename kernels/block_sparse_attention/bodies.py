@@ -100,6 +100,7 @@ def _step(walk: Walk, owner, member) -> _Step:
 
 
 def forward_body(plan: Plan, walk: Walk, owner, member, *refs):
+    """One step of the online softmax; at a query block's last, its output, maxima and sums."""
     refs = list(refs)
     *refs, out_ref, stats_ref, top_ref, sum_ref, o_ref = refs
     step = _step(walk, owner, member)
@@ -132,6 +133,7 @@ def forward_body(plan: Plan, walk: Walk, owner, member, *refs):
 
 
 def dq_body(plan: Plan, walk: Walk, owner, member, *refs):
+    """A few key blocks' share of dq; at a query block's last step, dq."""
     *refs, dq_ref, scratch = refs
     step = _step(walk, owner, member)
     q_ref, do_ref, stats_ref, delta_ref, *refs = refs
@@ -157,6 +159,7 @@ def dq_body(plan: Plan, walk: Walk, owner, member, *refs):
 
 
 def dkv_body(plan: Plan, walk: Walk, owner, member, *refs):
+    """A few query blocks' share of dk and dv; at a key block's last step, both."""
     *refs, dk_ref, dv_ref, dk_scratch, dv_scratch = refs
     step = _step(walk, owner, member)
     k_ref, v_ref, *refs = refs
@@ -292,4 +295,5 @@ def _dot(a, b, over_a: int, over_b: int):
 
 
 def wide(x) -> jnp.dtype:
+    """The dtype of sums."""
     return jnp.promote_types(x.dtype, jnp.float32)
