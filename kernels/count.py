@@ -29,7 +29,8 @@ _TRANSCENDENTAL = frozenset(
 _REDUCTIONS = frozenset("reduce_sum reduce_prod reduce_max reduce_min".split())
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin".split())
 _CALLS = frozenset(
-    "jit closed_call core_call remat2 custom_jvp_call custom_vjp_call shard_map".split()
+    "jit closed_call core_call remat2 custom_jvp_call custom_vjp_call custom_vmap_call"
+    " custom_partitioning shard_map".split()
 )
 _FREE = frozenset(
     "broadcast_in_dim reshape transpose convert_element_type bitcast_convert_type real imag complex"
@@ -145,7 +146,7 @@ class Walk:
             scale = sum(_size(v) for v in eqn.outvars) / label.elements  # > 1 under vmap
             total.add("matmul", label.name, scale * label.flops)
             return [True] * len(eqn.invars)
-        body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+        body = next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params)
         before = self.inside_operation
         self.inside_operation = before or label is not None
         count, used = self._jaxpr(body, live)

@@ -144,7 +144,7 @@ def _visits(plan: Plan, single: bool, block: int, query_block: int, indices):
     chosen = chosen.reshape(chosen.shape[0], chosen.shape[1] // plan.lists, -1, chosen.shape[3])
     bits = None
     if single:
-        chosen = _divide(chosen, plan.lists, query_block // plan.queries, plan.count, axis=2)
+        chosen = _divide(chosen, plan.lists, query_block // plan.queries, plan.count)
         parts = np.arange(block // plan.keys, dtype=np.int32)
         last = math.ceil(length / plan.keys)
         chosen = xp.minimum(chosen[..., None] * len(parts) + parts, last)
@@ -167,7 +167,7 @@ def _visits(plan: Plan, single: bool, block: int, query_block: int, indices):
     return down, visits.by_key(chosen, counts, reached, most), bits
 
 
-def _divide(chosen, heads: int, parts: int, count: int, axis: int):
+def _divide(chosen, heads: int, parts: int, count: int):
     """Every list `parts` times in a row, cut to `count` lists a head."""
     xp = np if isinstance(chosen, np.ndarray) else jnp
     first, second, _, width = chosen.shape

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import count, dispatch
 from kernels.linear_scan import linear_scan
+from kernels.long_conv import long_conv
 from resources.compute import Flops, executed_flops, model_flops, xla_flops
 
 N = 24
@@ -271,3 +272,11 @@ def test_model_flops_do_not_take_an_older_trace_of_another_form():
     assert model_flops(scan, x).total == model_flops(scan, x).total == needed
     assert model_flops(lambda x: scan(x), x).total == needed
     assert "kernels" not in str(jax.make_jaxpr(scan)(x))
+
+
+def test_transforms_inside_custom_rules_are_counted():
+    """long_conv's FFTs have rules of their own for vmap and for meshes."""
+    x, filters = jnp.ones((2, 512, 8)), jnp.ones((512, 8))
+    found = executed(lambda *a: long_conv(*a, impl="xla")[0], x, filters)
+    assert found.by_primitive["fft"] > 0
+    assert not found.notes
