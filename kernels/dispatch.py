@@ -115,7 +115,8 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
 
     A named implementation runs or raises ValueError. `impl=None` takes the TPU kernel where
     kernels/evidence.json says that it compiles for the generation at hand and is the faster form,
-    and where the kernel covers the call; everywhere else the chunked XLA form.
+    and where the kernel covers the call; everywhere else, and for a single token as in decoding,
+    the chunked XLA form.
     """
     impl = _named.value if impl is None else impl
     if impl is None:
@@ -147,7 +148,8 @@ def _default(operation: str, function: str) -> Callable:
 
     @functools.wraps(plain)
     def run(*args, **kwargs):
-        reason = module.uncovered(function, *args, **kwargs)
+        single = getattr(args[0], "shape", ())[1:2] == (1,)  # no loop over time to fuse
+        reason = "a single token" if single else module.uncovered(function, *args, **kwargs)
         _announce(function, "xla" if reason else "pallas_tpu", where, reason)
         return (plain if reason else kernel)(*args, **kwargs)
 

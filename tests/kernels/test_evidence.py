@@ -1,5 +1,6 @@
 """The committed evidence is complete, and dispatch follows it."""
 
+import jax.numpy as jnp
 import pytest
 
 from kernels import aot, dispatch, evidence
@@ -41,13 +42,15 @@ def on_v5e(monkeypatch):
     for impl in ("xla", "pallas_tpu"):
         module = dispatch._module("linear_scan", impl)
         monkeypatch.setattr(module, "linear_scan", lambda *_, impl=impl, **__: impl)
-    monkeypatch.setattr(module, "uncovered", lambda _, reason="": reason)
+    monkeypatch.setattr(
+        module, "uncovered", lambda _, given="": given if isinstance(given, str) else ""
+    )
     return found["functions"]["linear_scan"]
 
 
-def chosen(*args) -> str:
-    """Which implementation a call with impl=None runs."""
-    return dispatch.choose("linear_scan", "linear_scan", None)(*args)
+def chosen(x="") -> str:
+    """Which implementation a call with impl=None runs; x is an array, or why it is not covered."""
+    return dispatch.choose("linear_scan", "linear_scan", None)(x)
 
 
 def test_evidence_makes_the_kernel_the_default(on_v5e):
@@ -72,6 +75,13 @@ def test_evidence_for_another_generation_does_not_count(on_v5e, monkeypatch):
 
 def test_a_call_that_the_kernel_does_not_cover_runs_as_xla(on_v5e):
     assert chosen("width 12") == "xla"
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, "xla"), (2, "pallas_tpu")])
+def test_a_single_token_runs_as_xla(on_v5e, length, expected):
+    assert (
+        dispatch.choose("linear_scan", "linear_scan", None)(jnp.zeros((2, length, 8))) == expected
+    )
 
 
 def test_by_name_off_a_tpu_it_raises():
