@@ -31,6 +31,8 @@ def grouped_matmul(
     x: Float[Array, "M K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
     """The product of `kernels.grouped_matmul`; over a mesh, outputs are split and rows whole."""
+    if reason := uncovered("grouped_matmul", x, weights, group_sizes):
+        raise ValueError(f"grouped_matmul as pallas_tpu does not cover {reason}; or use xla.")
     arguments = dict(x=x, weights=weights, group_sizes=group_sizes.astype(jnp.int32))
     return tpu.over_mesh(_local, arguments, DIMS, outputs=("m d",))
 
@@ -38,7 +40,7 @@ def grouped_matmul(
 def uncovered(function: str, x, weights, group_sizes) -> str:
     """Why a call cannot run here; "" if it can."""
     if x.dtype == jnp.float64 and dispatch.interpreter() is None:
-        return "float64"
+        return "float64; the nearest dtype is float32"
     return ""
 
 

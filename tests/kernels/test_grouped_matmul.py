@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
 from kernels.count import Walk
-from kernels.grouped_matmul import cost, grouped_matmul, xla
+from kernels.grouped_matmul import cost, grouped_matmul, pallas_tpu, xla
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
@@ -220,6 +220,13 @@ def test_costs_of_tpu_launches_are_the_formulas():
     # and the rows beyond all groups are a group.
     moved = 2 * (rows * (width + outputs) + (groups + 1) * width * outputs)
     assert [cost.bytes_accessed for cost in found] == [moved] * 3
+
+
+def test_float64_on_a_tpu_is_named():
+    with jax.enable_x64(True):
+        x, weights = jnp.ones((4, 3)), jnp.ones((2, 3, 5))
+        with pytest.raises(ValueError, match="does not cover float64; the nearest dtype is"):
+            pallas_tpu.grouped_matmul(x, weights, jnp.ones(2, jnp.int32))
 
 
 def test_a_tpu_kernel_needs_a_tpu():
