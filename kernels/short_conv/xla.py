@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels import vary
 
 # Tokens summed at once in the gradient of the weight.
 BLOCK = 16
@@ -31,6 +32,7 @@ def short_conv(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """The sum of `kernels.short_conv` over whole rows; a single token needs no shifts."""
     tail_BVD = None if initial_state is None else initial_state.astype(x.dtype)
+    x, weight, bias, segments, tail_BVD = vary.together((x, weight, bias, segments, tail_BVD))
     if x.shape[1] == 1:
         return _one_token(x, weight, bias, segments, tail_BVD, activation)
     if segments is None:
@@ -219,7 +221,7 @@ def _weight_gradients(dpre_BTD, x_BTD, reach, width):
         ]
         return tuple(total + new for total, new in zip(sums, [*products, dpre_BCD], strict=True))
 
-    zeros_BCD = jnp.zeros((batch, BLOCK, channels), dpre_BTD.dtype)
+    zeros_BCD = vary.like(jnp.zeros((batch, BLOCK, channels), dpre_BTD.dtype), dpre_BTD)
     sums = jax.lax.fori_loop(0, blocks, add_block, (zeros_BCD,) * (width + 1))
     *taps, bias_D = (jnp.sum(total_BCD, axis=(0, 1)) for total_BCD in sums)
     return jnp.stack(taps), bias_D
