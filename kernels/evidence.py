@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,12 @@ and nothing was timed. Each line is one call of model size, forward and backward
 are those of the program compiled for {reference}: moved between HBM and the chip, tiles padded, and
 held beside arguments and results. Under each generation stands the time that bytes and matrix
 passes bound for the chunked XLA form, over the same for the TPU kernel: above 1 the kernel is
-bound to less time. `impl=None` runs a function's kernel where all its lines are above 1.
+bound to less time. `impl=None` runs a function's kernel where the geometric mean of its lines is
+above 1.
+
+Bounds are no times: they leave out latency, scalar and vector work. Very large ratios, as those of
+block_sparse_attention, are loops of the chunked form into which the TPU compiler puts copies of
+whole arrays.
 
 """
 
@@ -42,12 +48,15 @@ def load() -> dict:
 
 
 def favours(operation: str, function: str, generation: str) -> bool:
-    """Whether every recorded size compiled for the generation and is bound to less time than XLA's.
+    """Whether every recorded size compiled for the generation, and is on the whole the faster form.
 
-    False where nothing is recorded: dispatch then stays with XLA.
+    On the whole: by the geometric mean of XLA's bounds over the kernel's. False where nothing is
+    recorded: dispatch then stays with XLA.
     """
     found = load()["functions"].get(title(operation, function), {}).get(generation, [])
-    return bool(found) and all(r["compiled"] and r["seconds"] < r["xla_seconds"] for r in found)
+    if not found or not all(row["compiled"] for row in found):
+        return False
+    return statistics.geometric_mean(r["xla_seconds"] / r["seconds"] for r in found) > 1
 
 
 def title(operation: str, function: str) -> str:

@@ -62,10 +62,16 @@ def test_without_its_entry_dispatch_falls_back(on_v5e):
     assert chosen() == "xla"
 
 
-@pytest.mark.parametrize("change", [{"compiled": False}, {"seconds": 2.0}])
+@pytest.mark.parametrize("change", [{"compiled": False}, {"seconds": 4.0}, {"seconds": 5.0}])
 def test_a_kernel_that_fails_or_is_slower_is_no_default(on_v5e, change):
+    """4.0 against 2.0 outweighs 1.0 against 2.0: on the whole no faster."""
     on_v5e["v5e"].append(ROW | change)
     assert chosen() == "xla"
+
+
+def test_a_size_that_is_slower_may_be_outweighed(on_v5e):
+    on_v5e["v5e"].append(ROW | {"seconds": 3.9})
+    assert chosen() == "pallas_tpu"
 
 
 def test_evidence_for_another_generation_does_not_count(on_v5e, monkeypatch):
