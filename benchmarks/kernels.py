@@ -10,8 +10,9 @@ An implementation is ref, xla, pallas_tpu (on a TPU), associative_scan (linear_s
 be run as a file, not with -m. Every side's outputs and gradients are compared with the first
 side's before it is timed; more than the limit ends the run with exit code 1.
 
-The floor of a call is the larger of its model FLOPs over the device's measured matmul rate and its
-bytes (arguments and results, once) over the measured copy rate; the share is floor over time.
+"CPU ms" are of all threads. The floor of a call is the larger of its model FLOPs over the device's
+measured matmul rate and its bytes (arguments and results, once) over the measured copy rate; the
+share is floor over time.
 """
 
 import argparse
@@ -46,14 +47,15 @@ from kernels.subject import Subject, both_passes  # noqa: E402
 from parallel import host  # noqa: E402
 
 LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
-HEAD = ("operation", "pass", "implementation", "ms (p20 to p80)", "times the first", "temporary MB",
-        "share of the roofline", "differs by")  # fmt: skip
+HEAD = ("operation", "pass", "implementation", "ms (p20 to p80)", "times the first", "CPU ms",
+        "temporary MB", "share of the roofline", "differs by")  # fmt: skip
 
 
 def main() -> int:
     """Time what is asked for; 1 if a side's numbers differ from the first side's."""
     args = arguments()
-    host.keep_memory()
+    if not args.plain_memory:
+        host.keep_memory()  # as train.py does
     if "torch" in wanted or "transformers" in wanted:
         peers.torch.set_num_threads(args.threads)
     setting, rates = describe(), measured_rates()
@@ -81,6 +83,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", choices=("cpu", "model"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=float, default=0.3, help="seconds a side a round")
+    parser.add_argument(
+        "--plain_memory", action="store_true", help="do not keep freed memory, as JAX alone"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     for option, value in dict(batch=1, length=4096, heads=4, dim=64, width=1024).items():
         parser.add_argument(f"--{option}", type=int, default=value)
@@ -121,6 +126,7 @@ def compare(name, subject, both, args, rates):
             "pass": "forward + backward" if both else "forward",
             "implementation": impl,
             "ms": [1e3 * x for x in (fast, middle, slow)],
+            "cpu_ms": 1e3 * float(np.median([turn["cpu"] for turn in taken[impl]])),
             "ratio": medians[next(iter(medians))] / middle,
             "temporary_mb": None if temporary is None else temporary / 1e6,
             "share": floor / middle,
@@ -218,6 +224,7 @@ def cells(line: dict) -> list[str]:
         line["implementation"],
         f"{middle:.1f} ({fast:.1f} to {slow:.1f})",
         f"{line['ratio']:.2f}",
+        f"{line['cpu_ms']:.1f}",
         temporary,
         f"{line['share']:.0%}",
         f"{line['error']:.0e}" + ("" if line["agrees"] else " DIFFERS"),
