@@ -84,7 +84,8 @@ def fill(subject: Subject, rng: np.random.Generator) -> Subject:
         found["k"] = _unit(found["k"])
     if "a" in found:  # RWKV-7's: a = -key, b = rate * key
         found["a"], found["b"] = -found["k"], found["k"] * _sigmoid(found["b"])
-    return subject._replace(given=subject.given | found)
+    arrays = {name: jnp.asarray(x) for name, x in found.items()}
+    return subject._replace(given=subject.given | arrays)
 
 
 def _draw(name: str, kind: Any, arguments: dict, rng: np.random.Generator) -> np.ndarray:
@@ -94,6 +95,9 @@ def _draw(name: str, kind: Any, arguments: dict, rng: np.random.Generator) -> np
     if name == "group_sizes":
         rows = arguments["x"].shape[0]
         return rng.multinomial(rows, np.full(kind.shape[0], 1 / kind.shape[0])).astype(kind.dtype)
+    if name == "indices":
+        blocks = -(-arguments["k"].shape[1] // arguments["block"])
+        return rng.integers(0, blocks, kind.shape).astype(kind.dtype)
     if name == "segments":
         return np.ones(kind.shape, kind.dtype)
     if name in ("log_decay", "log_forget"):

@@ -139,7 +139,8 @@ def side(name, subject, impl, both):
     """(callable, temporary bytes) of one implementation; None where it has none of this."""
     if impl in subjects.TORCH_PEERS.get(name, {}):
         slopes = cotangents(subject) if both else None
-        return peers.runner(subjects.TORCH_PEERS[name][impl], subject.arrays, slopes), None
+        arrays = {name: np.asarray(x) for name, x in subject.arrays.items()}
+        return peers.runner(subjects.TORCH_PEERS[name][impl], arrays, slopes), None
     function = subjects.JAX_PEERS.get(name, {}).get(impl)
     if function is None:
         if impl not in dispatch.implementations(subject.folder, subject.function):

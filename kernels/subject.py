@@ -12,7 +12,10 @@ Arrays = dict[str, Any]  # by name; arrays, or shapes in their place
 
 
 class Subject(NamedTuple):
-    """The function and all that it is given: arrays, or their shapes, and settings."""
+    """The function and all that it is given: arrays, or their shapes, and settings.
+
+    A NumPy array is a setting: known when the program is traced, as static lists of blocks.
+    """
 
     folder: str
     function: str
@@ -21,7 +24,8 @@ class Subject(NamedTuple):
     @property
     def arrays(self) -> Arrays:
         """What of `given` is an array or its shape."""
-        return {name: x for name, x in self.given.items() if hasattr(x, "shape")}
+        kinds = (jax.Array, jax.ShapeDtypeStruct)
+        return {name: x for name, x in self.given.items() if isinstance(x, kinds)}
 
     def call(self, impl: str | None = None) -> Callable:
         """The function, which takes the arrays by name."""
