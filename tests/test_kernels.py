@@ -435,21 +435,14 @@ repeatable = functools.partial(
 
 
 @each_case
-def test_random_cases_match_reference(operation, impl):
-    """The programs are those of `test_matches_reference`: no shape class is compiled twice.
-
-    The interpreter takes half a second a case; `long` has 2,000 for it too.
-    """
-
-    @repeatable(max_examples=50 if impl == "pallas_tpu" else 200)
-    @random_case
-    def check(**case):
-        if is_long(impl, *case["shape"]):
-            quick = [shape for shape in SHAPES if not is_long(impl, *shape)]
-            case["shape"] = quick[case["seed"] % len(quick)]
-        check_random_case(operation, impl, **case)
-
-    check()
+@repeatable(max_examples=200)
+@random_case
+def test_random_cases_match_reference(operation, impl, **case):
+    """The programs are those of `test_matches_reference`: no shape class is compiled twice."""
+    if is_long(impl, *case["shape"]):
+        quick = [shape for shape in SHAPES if not is_long(impl, *shape)]
+        case["shape"] = quick[case["seed"] % len(quick)]
+    check_random_case(operation, impl, **case)
 
 
 @pytest.mark.long

@@ -44,6 +44,7 @@ def _check_inputs(x, dt, A, Bm, Cm, D):
     batch, length, width = x.shape
     state = A.shape[1]
     checks.shaped("dt", dt, "x's shape (B, T, D)", x.shape)
+    checks.shaped("A", A, "(D, N)", (width, state))
     checks.shaped("Bm", Bm, "(B, T, N)", (batch, length, state))
     checks.shaped("Cm", Cm, "(B, T, N)", (batch, length, state))
     checks.shaped("D", D, "(D,)", (width,))

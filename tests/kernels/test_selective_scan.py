@@ -288,7 +288,7 @@ X, A, P = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5)), jnp.zeros((2, 3, 5))
         ),
         (
             {"A": A[:, :0]},
-            "A has shape (4, 0); every size, time included, must be at least 1.",
+            "A has shape (4, 0); every size must be at least 1.",
         ),
         (
             {"A": A.T},
