@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from kernels import dispatch, vary
 from kernels.count import Walk
 
+LANE = 128
+
 
 def call(
     body: Callable,
@@ -135,6 +137,21 @@ def _depends_on_lists(index_map, grid, lists) -> bool:
     traced = jax.make_jaxpr(index_map)(*indices, *lists)
     used = {v for eqn in traced.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
     return any(v in used for v in traced.jaxpr.invars[len(grid) :])
+
+
+def whole_lanes(width: int) -> int:
+    """The lanes that a row of this width takes in VMEM."""
+    return -(-width // LANE) * LANE
+
+
+def heads_together(groups: int, heads: int, width: int, lanes: int) -> int:
+    """The most heads a program, whole groups or a part of one, within `lanes`; at least one.
+
+    `width` is of a head's widest array.
+    """
+    each, most = heads // groups, lanes // whole_lanes(width)
+    possible = (n for n in range(1, most + 1) if heads % n == 0)
+    return max((n for n in possible if n % each == 0 or each % n == 0), default=1)
 
 
 def over_mesh(

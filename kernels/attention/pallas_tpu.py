@@ -48,7 +48,6 @@ from kernels.attention.pallas_walk import (
     forward_walk,
 )
 
-LANE = 128
 VMEM = 64 << 20  # what a kernel may ask for; a v4 has 16 MiB and no more
 
 
@@ -152,17 +151,12 @@ def _on_device(*, q, k, v, segments=None, sinks=None, log_forget=None, rule: Rul
 
 
 def choose_form(groups: int, heads: int, key: int, value: int, block: int) -> Form:
-    """The most heads a program, whole groups or a part of one, that keep to `room`.
-
-    A head that is wider has shorter blocks.
-    """
-    each, lanes = heads // groups, room().lanes
-    wide = -(-max(key, value) // LANE) * LANE
-    possible = (n for n in range(1, lanes // wide + 1) if heads % n == 0)
-    count = max((n for n in possible if n % each == 0 or each % n == 0), default=1)
-    while block > LEAST and block * count * wide > 1024 * lanes:
+    """The most heads a program that keep to `room`; a head that is wider has shorter blocks."""
+    widest, lanes = max(key, value), room().lanes
+    count = tpu.heads_together(groups, heads, widest, lanes)
+    while block > LEAST and block * count * tpu.whole_lanes(widest) > 1024 * lanes:
         block //= 2
-    return Form(max(count // each, 1), count, key, value, block)
+    return Form(max(count * groups // heads, 1), count, key, value, block)
 
 
 def _per_token(form: Form, x_BTH: Array) -> Float[Array, "B P N R C"]:

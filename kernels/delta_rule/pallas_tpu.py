@@ -29,7 +29,6 @@ from kernels import chunks, dispatch, tpu
 from kernels.delta_rule import tile, tile_low_rank
 
 LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that `tile` takes
-LANE = 128
 # Lanes of a program's heads: enough work to hide the fixed cost of a step, few enough for VMEM,
 # where the backward pass of vector gates keeps every level of the halving.
 SCALAR_LANES, VECTOR_LANES = 512, 256
@@ -59,7 +58,7 @@ def uncovered(function: str, q, k, v, *gates, **_) -> str:
     if widest > WIDEST:
         return f"keys or values of {widest}, at most {WIDEST}"
     vector = gates[-1] is not None and gates[-1].ndim == 4
-    most = (VECTOR_LANES if vector else SCALAR_LANES) // _whole_lanes(widest)
+    most = (VECTOR_LANES if vector else SCALAR_LANES) // tpu.whole_lanes(widest)
     return f"{heads} heads a key of {widest}, at most {most}" if heads > most else ""
 
 
@@ -140,7 +139,7 @@ def _delta_rule(q, k, v, beta, initial_state, *, log_decay=None, segments=None, 
         kinds=kinds,
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
-        groups=_groups_taken(groups, heads * _whole_lanes(max(q.shape[3], v.shape[3])), wanted),
+        groups=_groups_taken(groups, heads * tpu.whole_lanes(max(q.shape[3], v.shape[3])), wanted),
         heads=heads,
         scale=scale,
         narrow=all(x.dtype == jnp.bfloat16 for x in (q, k, v)),
@@ -157,7 +156,9 @@ def _dplr(q, k, v, a, b, log_decay, initial_state, *, segments=None, scale):
         kinds=("key", "key", "value", "key", "key", "key"),
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
-        groups=_groups_taken(q.shape[2], _whole_lanes(max(q.shape[3], v.shape[3])), VECTOR_LANES),
+        groups=_groups_taken(
+            q.shape[2], tpu.whole_lanes(max(q.shape[3], v.shape[3])), VECTOR_LANES
+        ),
         heads=1,
         scale=scale,
         narrow=all(x.dtype == jnp.bfloat16 for x in (q, k, v, a, b)),
@@ -173,11 +174,6 @@ def _chunk_length(length: int) -> int:
 def _groups_taken(groups: int, lanes: int, wanted: int) -> int:
     """Groups of a program: the most that the wanted lanes hold, at least one."""
     return max((n for n in range(1, wanted // lanes + 1) if groups % n == 0), default=1)
-
-
-def _whole_lanes(width: int) -> int:
-    """The lanes that a row of this width takes in VMEM."""
-    return -(-width // LANE) * LANE
 
 
 def _laid_out(plan: Plan, inputs: tuple, segments, initial_state):

@@ -34,7 +34,7 @@ from kernels.gated_linear.pallas_chunk import (
     part,
 )
 
-LANE, LONGEST, SHORTEST = 128, 128, 32  # the latter two are chunks
+LONGEST, SHORTEST = 128, 32  # of a chunk
 LARGEST = 1 << 18  # key dim times value dim
 
 
@@ -145,20 +145,13 @@ def _on_device(*, q, k, v, log_decay, bonus, segments, initial_state, scale):
 
 
 def heads_together(groups: int, heads: int, key: int, value: int, room: Room) -> int:
-    """The most heads a program, whole groups or a part of one, that keep to `room.lanes`."""
-    each, most = heads // groups, room.lanes // _padded(key, value)
-    possible = (n for n in range(1, most + 1) if heads % n == 0)
-    return max((n for n in possible if n % each == 0 or each % n == 0), default=1)
-
-
-def _padded(key: int, value: int) -> int:
-    """Lanes of one head's widest matrix."""
-    return -(-max(key, value) // LANE) * LANE
+    """The most heads a program that keep to `room.lanes`."""
+    return tpu.heads_together(groups, heads, max(key, value), room.lanes)
 
 
 def longest_chunk(heads: int, key: int, value: int, dtype, room: Room) -> int:
     """128, or half as long for twice the bytes that leave room for 128; a power of two or 0."""
-    block = heads * _padded(key, value) * dtype.itemsize
+    block = heads * tpu.whole_lanes(max(key, value)) * dtype.itemsize
     state = key * value * dtype.itemsize
     fitting = min(1, room.block / block, room.state / state)
     return 1 << int(LONGEST * fitting).bit_length() >> 1
