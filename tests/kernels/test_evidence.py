@@ -85,9 +85,7 @@ def test_a_call_that_the_kernel_does_not_cover_runs_as_xla(on_v5e):
 
 @pytest.mark.parametrize(("length", "expected"), [(1, "xla"), (2, "pallas_tpu")])
 def test_a_single_token_runs_as_xla(on_v5e, length, expected):
-    assert (
-        dispatch.choose("linear_scan", "linear_scan", None)(jnp.zeros((2, length, 8))) == expected
-    )
+    assert chosen(jnp.zeros((2, length, 8))) == expected
 
 
 def test_by_name_off_a_tpu_it_raises():
