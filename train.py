@@ -97,27 +97,29 @@ def sample(result) -> tuple[str, float]:
 
 def show_resources(result, decode_rate: float | None) -> None:
     """The resource table of the run itself; eval.py measures a config in full."""
-    from resources import compute, memory, report, throughput
+    from resources import compute, memory, report, table, throughput
     from resources.report import Row
 
     plan, trainer = result.plan, result.plan.trainer
     tokens = plan.experiment.data.batch * plan.experiment.data.length
     executed = compute.executed_flops(trainer.step.trace(trainer.abstract, trainer.batch).jaxpr)
-    rows = [
+    speed = [
         Row("training", result.tokens_per_second, "tok/s", "measured"),
-        Row("executed FLOPs, training", executed.total / tokens, "FLOP/token", "compiled"),
+        Row("executed FLOPs, training", executed.total / tokens, "FLOP/token", "modelled"),
     ]
+    if decode_rate is not None:
+        speed.append(Row("decoding, batch 1", decode_rate, "tok/s", "measured"))
+    sizes = []
     if result.model.causal:
         state = memory.tree_bytes(lambda: result.model.init_state(1, 1024))
-        rows.append(Row("state at 1k tokens", state, "B", "compiled"))
+        sizes.append(Row("state at 1k tokens", state, "B", "compiled"))
     planned = memory.program_bytes(result.program)
     if planned is not None:
-        rows.append(Row("memory of a training step", planned.peak, "B", "compiled"))
-    if decode_rate is not None:
-        rows.append(Row("decoding, batch 1", decode_rate, "tok/s", "measured"))
-    column = report.Column("this run", "", rows)
+        sizes.append(Row("memory of a training step", planned.peak, "B", "modelled"))
+    found = {"compute": speed, "memory": sizes}
+    column = report.Column("this run", "", {name: rows for name, rows in found.items() if rows})
     device, versions = throughput.device_name(), report.versions()
-    report.show(report.Report([column], device, versions, report.commit()))
+    table.show(report.Report([column], device, versions, report.commit()))
 
 
 if __name__ == "__main__":

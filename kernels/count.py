@@ -10,7 +10,7 @@ parts do.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,16 @@ _FREE = frozenset(
 )
 
 
+Direction = Literal["forward", "backward", "recomputed", "other"]
+
+
+class Place(NamedTuple):
+    """Where FLOPs come from."""
+
+    operation: str  # kernels.<operation>.<function> if its calls were labelled; "" outside of all
+    direction: Direction  # of the gradient; "other" outside of it, as an optimizer
+
+
 @dataclasses.dataclass
 class Flops:
     """A count of FLOPs; `notes` names what the program does not say and the count had to assume."""
@@ -51,6 +61,7 @@ class Flops:
     transcendental: float = 0.0  # calls of exp and its like, in no total
     passes: float = 0.0  # `dot_general` as a TPU runs it, 6 bfloat16 passes at HIGHEST; in no total
     by_primitive: dict[str, float] = dataclasses.field(default_factory=dict)
+    by_place: dict[Place, "Flops"] = dataclasses.field(default_factory=dict)
     notes: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -63,6 +74,10 @@ class Flops:
         setattr(self, kind, getattr(self, kind) + count)
         self.by_primitive[primitive] = self.by_primitive.get(primitive, 0.0) + count
 
+    def at(self, place: Place) -> "Flops":
+        """The same count, all of it from `place`."""
+        return dataclasses.replace(self, by_place={place: self})
+
     def include(self, other: "Flops", times: int | float = 1) -> None:
         """Add `times` the counts of `other`."""
         self.matmul += times * other.matmul
@@ -71,17 +86,37 @@ class Flops:
         self.passes += times * other.passes
         for primitive, count in other.by_primitive.items():
             self.by_primitive[primitive] = self.by_primitive.get(primitive, 0.0) + times * count
+        for place, part in other.by_place.items():
+            self.by_place.setdefault(place, Flops()).include(part, times)
         self.notes.update(other.notes)
 
 
-def executed_flops(program: core.ClosedJaxpr) -> Flops:
+def executed_flops(
+    program: core.ClosedJaxpr, labels: Mapping[str, dispatch.Label] | None = None
+) -> Flops:
     """FLOPs that a traced program executes, on all devices together, loops times their length.
 
     Results that nothing reads are not counted: the compiler drops them. A `while` of unknown length
     counts once and a `cond` as its dearest branch; both are said in `notes`, as is every primitive
-    without a rule. `shard_map` counts its body once per device of its mesh axes.
+    without a rule. `shard_map` counts its body once per device of its mesh axes. `by_place` tells
+    operations of kernels/ apart in a program that `labelled` traced.
     """
-    return Walk().run(program)
+    return Walk(labels).run(program)
+
+
+def flops_of_loops_once(
+    program: core.ClosedJaxpr, labels: Mapping[str, dispatch.Label] | None = None
+) -> Flops:
+    """`executed_flops` with the body of each loop once, which is how XLA counts."""
+    return OnceWalk(labels).run(program)
+
+
+def labelled(
+    function: Callable, *args: Any
+) -> tuple[core.ClosedJaxpr, Mapping[str, dispatch.Label]]:
+    """A program and the labels of its calls of operations; their gradients bear the same labels."""
+    with dispatch.labelling() as labels:
+        return jax.make_jaxpr(function)(*args), labels
 
 
 def model_flops(forward: Callable, *args: Any) -> Flops:
@@ -96,15 +131,15 @@ def model_flops(forward: Callable, *args: Any) -> Flops:
     """
     with dispatch.using("ref"), dispatch.labelling() as labels:
         program = jax.make_jaxpr(forward)(*args)
-    return Walk(labels).run(program)
+    return ModelWalk(labels).run(program)
 
 
 class Walk:
-    """One walk over a program; `labels`, where given, turns it into the count of model FLOPs."""
+    """One walk over a program; `labels` say which of its calls are operations of kernels/."""
 
     def __init__(self, labels: Mapping[str, dispatch.Label] | None = None):
-        self.labels = labels
-        self.inside_operation = False
+        self.labels = labels or {}
+        self.place = Place("", "other")
         self.inside_step = False
 
     def run(self, program: core.ClosedJaxpr | core.Jaxpr) -> Flops:
@@ -126,6 +161,18 @@ class Walk:
         return total, [v in needed for v in jaxpr.invars]
 
     def _equation(self, eqn: core.JaxprEqn, live: list[bool], total: Flops) -> list[bool]:
+        before, self.place = self.place, self._place(eqn)
+        used = self._counted(eqn, live, total)
+        self.place = before
+        return used
+
+    def _place(self, eqn) -> Place:
+        label = self.labels.get(eqn.params.get("name"))
+        operation = self.place.operation or (label.name if label else "")
+        marked = direction(str(eqn.source_info.name_stack)), self.place.direction
+        return Place(operation, max(marked, key=_DIRECTIONS.index))  # as in the whole name
+
+    def _counted(self, eqn, live, total):
         name = eqn.primitive.name
         if name in _CALLS:
             return self._call(eqn, live, total)
@@ -136,21 +183,15 @@ class Walk:
         if name == "while":
             self._while(eqn, total)
         else:
-            self._primitive(eqn, total)
+            count = Flops()
+            self._primitive(eqn, count)
+            total.include(count.at(self.place))
         return [True] * len(eqn.invars)
 
     def _call(self, eqn, live, total):
         params = eqn.params
-        label = (self.labels or {}).get(params.get("name"))
-        if label is not None and label.flops is not None:
-            scale = sum(_size(v) for v in eqn.outvars) / label.elements  # > 1 under vmap
-            total.add("matmul", label.name, scale * label.flops)
-            return [True] * len(eqn.invars)
         body = next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params)
-        before = self.inside_operation
-        self.inside_operation = before or label is not None
         count, used = self._jaxpr(body, live)
-        self.inside_operation = before
         times = 1
         if eqn.primitive.name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
@@ -165,7 +206,7 @@ class Walk:
         pairs = zip(eqn.invars, inner.invars, strict=True)
         consts = sum(len(v.aval.shape) == len(one.aval.shape) for v, one in pairs) - carries
         before = self.inside_step
-        self.inside_step = before or self.inside_operation
+        self.inside_step = before or bool(self.place.operation)
         wanted = list(live)
         while True:  # a carry that the next step reads is needed as well
             count, used = self._jaxpr(body, wanted)
@@ -175,8 +216,11 @@ class Walk:
                 break
             wanted = more
         self.inside_step = before
-        total.include(count, length)
+        total.include(count, self._times(length))
         return used[:consts] + wanted[:carries] + used[consts + carries :]
+
+    def _times(self, length: int) -> int:
+        return length
 
     def _cond(self, eqn, live, total):
         found = [self._jaxpr(branch, live) for branch in eqn.params["branches"]]
@@ -207,14 +251,55 @@ class Walk:
         elif name in _CONTRACTIONS:
             total.add("matmul", name, _CONTRACTIONS[name](eqn))
             total.passes += _CONTRACTIONS[name](eqn) * _passes(eqn)
-        elif self.labels is not None and not self.inside_step:
-            return
-        elif name in _TRANSCENDENTAL:
+        else:
+            self._no_contraction(eqn, total)
+
+    def _no_contraction(self, eqn, total):
+        name = eqn.primitive.name
+        if name in _TRANSCENDENTAL:
             total.add("transcendental", name, _size(eqn.outvars[0]))
         elif (count := _arithmetic(eqn)) is None:
             total.notes.add(f"{name}: without a rule, counted as nothing")
         elif count:
             total.add("elementwise", name, count)
+
+
+class OnceWalk(Walk):
+    """The executed count with each loop's body once."""
+
+    def _times(self, length: int) -> int:
+        return 1
+
+
+class ModelWalk(Walk):
+    """The count of model FLOPs: declared costs stand for calls, arithmetic counts in steps only."""
+
+    def _call(self, eqn, live, total):
+        label = self.labels.get(eqn.params.get("name"))
+        if label is None or label.flops is None:
+            return super()._call(eqn, live, total)
+        scale = sum(_size(v) for v in eqn.outvars) / label.elements  # > 1 under vmap
+        count = Flops()
+        count.add("matmul", label.name, scale * label.flops)
+        total.include(count.at(self.place))
+        return [True] * len(eqn.invars)
+
+    def _no_contraction(self, eqn, total):
+        if self.inside_step:
+            super()._no_contraction(eqn, total)
+
+
+def direction(name: str) -> Direction:
+    """The pass that JAX's name of a computation says; "other" where it marks none.
+
+    A gradient that a model takes within its forward pass, as test-time training does, counts as
+    backward.
+    """
+    if "rematted_computation" in name:
+        return "recomputed"
+    if "transpose(" in name:
+        return "backward"
+    return "forward" if "jvp(" in name else "other"
 
 
 def _is_variable(v) -> bool:
@@ -267,6 +352,7 @@ def _triangular_solve(eqn) -> int | float:
     return matrix[-1] * math.prod(right)
 
 
+_DIRECTIONS: tuple[Direction, ...] = ("other", "forward", "backward", "recomputed")
 _PASSES = {jax.lax.Precision.HIGH: 3, jax.lax.Precision.HIGHEST: 6}
 _CONTRACTIONS = {
     "dot_general": _dot,

@@ -134,6 +134,7 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
                 f"or call it within kernels.dispatch.interpreting()."
             )
         run = getattr(_module(operation, impl), function)
+    run = jax.named_scope(function)(run)
     labels = _labels.value
     return run if labels is None else _labelled(operation, function, run, labels.calls)
 

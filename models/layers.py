@@ -105,6 +105,7 @@ def _project_backward(spec, residuals, dy):
 _project.defvjp(_project_forward, _project_backward)
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float = 1e-6) -> Float[Array, "... D"]:
     """y = x / sqrt(mean(x^2) + eps) * scale, computed in float32 (arXiv 1910.07467, eq. 4)."""
     y = x.astype(wide(x.dtype))

@@ -176,6 +176,7 @@ class LM(nnx.Module):
         total = nll + sum(losses.values())
         return total, {"loss": nll, **losses, **measures}, after
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states that the final norm has passed."""
         logits = jnp.matmul(
@@ -227,6 +228,7 @@ class LM(nnx.Module):
             return targets, weights
         return inputs, weights * hidden / HIDDEN
 
+    @jax.named_scope("head")
     def nll(self, x, targets, weights):
         """(sum of weights * nll, nll of each token) of hidden states after the norm, in nats."""
         head = self._head().astype(x.dtype)
@@ -235,6 +237,7 @@ class LM(nnx.Module):
     def _head(self):
         return self.embed[...].T if self.head is None else self.head[...]
 
+    @jax.named_scope("embed")
     def embedded(self, tokens, hidden=None):
         """Embeddings (B, T, D) in the compute dtype; a learned vector where `hidden`."""
         dtype = jnp.dtype(self.dtype)
@@ -263,8 +266,9 @@ class LM(nnx.Module):
 
         def period(x, layer):
             new, found = [], []
-            for (graph, _), (params, old) in zip(splits, layer, strict=True):
-                x, after, said = apply(graph, params, x, old)
+            for i, ((graph, _), (params, old)) in enumerate(zip(splits, layer, strict=True)):
+                with jax.named_scope(f"stacks.{i}"):
+                    x, after, said = apply(graph, params, x, old)
                 new.append(after)
                 found.append(said)
             return x, (tuple(new), found)
@@ -276,7 +280,8 @@ class LM(nnx.Module):
             x, (stacks, found) = jax.lax.scan(period, x, xs)
         rest = []
         for i, part in enumerate(self.rest):
-            x, after, said = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
+            with jax.named_scope(f"rest.{i}"):
+                x, after, said = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
             rest.append(after)
             found.append(said)
         return x, {"stacks": stacks, "rest": tuple(rest)}, reports.over_layers(found)

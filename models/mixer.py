@@ -6,6 +6,7 @@ returns the state after the last token. Training ignores the state, prefill keep
 T = 1.
 """
 
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -31,6 +32,12 @@ class Mixer(nnx.Module):
 
     causal: bool = True  # no output depends on later tokens
 
+    def __init_subclass__(cls, **kwargs):
+        """Calls name what they compute after the architecture's file: profiles read it."""
+        super().__init_subclass__(**kwargs)
+        if call := cls.__dict__.get("__call__"):
+            cls.__call__ = _scoped(call)
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -52,6 +59,15 @@ class Mixer(nnx.Module):
         the compute dtype; recurrent states have `wide(dtype)`.
         """
         raise NotImplementedError
+
+
+def _scoped(call):
+    @functools.wraps(call)
+    def run(self, *args, **kwargs):
+        with jax.named_scope(type(self).__module__.rpartition(".")[2]):
+            return call(self, *args, **kwargs)
+
+    return run
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

@@ -1,6 +1,8 @@
 """The device mesh: named axes, every device used, mistakes said in one line."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -8,14 +10,16 @@ from jax.sharding import AxisType
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor` over all of `devices` (None: over JAX's).
 
     One size may be -1: it takes the devices that the others leave. Raises ValueError when the sizes
     do not multiply to the number of devices. Axes are Auto: XLA places what we do not constrain.
     """
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
-    devices = jax.device_count()
+    count = len(jax.devices() if devices is None else devices)
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"mesh.{a}={s}" for a, s in sizes.items() if s != -1 and s < 1]
     if wrong:
@@ -23,9 +27,10 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding
     if len(free) > 1:
         raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (not free and fixed != devices):
+    if count % fixed or (not free and fixed != count):
         shape = ", ".join(f"{a}={s}" for a, s in sizes.items())
-        raise ValueError(f"the mesh {shape} does not divide {devices} devices; use divisors of it.")
+        raise ValueError(f"the mesh {shape} does not divide {count} devices; use divisors of it.")
     if free:
-        sizes[free[0]] = devices // fixed
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        sizes[free[0]] = count // fixed
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)

@@ -1,13 +1,17 @@
 """Bytes: of trees from their shapes, of compiled programs, and at the peak of a call that runs."""
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from resources import hlo, throughput
 from resources.report import Row, not_available
 
 _PEAK = "arguments + outputs - aliased + temporaries"
@@ -44,6 +48,34 @@ def program_bytes(compiled: Any) -> Program | None:
         stats.alias_size_in_bytes,
         stats.temp_size_in_bytes,
     )
+
+
+def moved(program: str) -> float:
+    """Bytes that the operations of a compiled program read and write in one run, on one device.
+
+    Every operation's operands and results, loops as often as they run, fusions from outside: what
+    memory would move if nothing stayed in a cache. `program` is the compiled program's text.
+    """
+    found, entry = hlo.computations(program)
+    return math.fsum(
+        times * hlo.touched(found, found[name], line)
+        for name, times in hlo.runs(found, entry, 1, set())
+        for line in found[name].values()
+    )
+
+
+@functools.cache
+def copy_bandwidth(size: int = 2**28) -> float:
+    """B/s, read and written, of one device that adds 1 to `size` bytes in place; best of ten."""
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(size // 4, jnp.float32)
+
+    def call():
+        nonlocal x
+        x = step(x)
+        return x
+
+    return 2 * size / min(throughput.time_call(call, warmup=2, repeats=10).seconds)
 
 
 def tree_bytes(build: Callable[[], Any]) -> int:

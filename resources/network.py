@@ -14,11 +14,13 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+
+from resources import devices, hlo
+from resources.report import Row, not_available
 
 SENT = {  # times S, of n devices
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -28,15 +30,6 @@ SENT = {  # times S, of n devices
     "ragged-all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:body|to_apply|branch_computations|true_computation|false_computation)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
-_FUSED = re.compile(r"calls=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Three ways in which groups of devices are written: lists, a counted grid, axes of a mesh.
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}")
@@ -72,11 +65,11 @@ class Traffic:
 
 def traffic(program: str, mesh: Mesh) -> Traffic:
     """The collectives of `program`, the text of a program compiled for `mesh`."""
-    computations, entry = _computations(program)
+    computations, entry = hlo.computations(program)
     notes: set[str] = set()
     calls: dict[tuple, int] = collections.Counter()
     sent: dict[tuple, float] = collections.defaultdict(float)
-    for name, times in _runs(computations, entry, 1, notes):
+    for name, times in hlo.runs(computations, entry, 1, notes):
         for kind, size, rest in _collectives(computations, name).values():
             groups = _groups(rest, mesh.size)
             senders = len(groups) if kind == "collective-permute" else groups.size
@@ -88,71 +81,7 @@ def traffic(program: str, mesh: Mesh) -> Traffic:
     return Traffic(tuple(c for c in found if c.bytes), frozenset(notes))
 
 
-class _Line(NamedTuple):
-    operation: str
-    bytes: int  # of its result
-    operands: list[str]
-    rest: str  # what follows the opening bracket
-
-
-_Computations = dict[str, dict[str, _Line]]  # lines by the names of their results
-
-
-def _computations(program: str) -> tuple[_Computations, str]:
-    """Every computation, and the name of the one that runs first."""
-    found: _Computations = {}
-    entry, lines = "", {}
-    for text in program.splitlines():
-        if head := _HEAD.match(text):
-            lines = found[head[2]] = {}
-            entry = head[2] if head[1] else entry
-        elif match := _LINE.match(text):
-            name, kind, operation, rest = match.groups()
-            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
-            lines[name] = _Line(operation, _bytes(kind), operands, rest)
-    return found, entry
-
-
-def _bytes(kind: str) -> int:
-    """Bytes of a type: an array such as bf16[8,128], or a tuple of them."""
-    total = 0
-    for name, shape in _ARRAY.findall(kind):
-        digits = re.search(r"\d+", name)
-        bits = int(digits[0]) if digits else 8 * (name == "pred")
-        total += bits * math.prod(int(n) for n in shape.split(",") if n) // 8
-    return total
-
-
-def _runs(computations: _Computations, name: str, times: int, notes: set[str]) -> Iterator:
-    """(name, how often it runs) of a computation and of all that it calls, fusions aside."""
-    yield name, times
-    for line in computations[name].values():
-        inner = times
-        if line.operation == "while":
-            trips = _trips(computations, line.rest)
-            inner *= trips or 1
-            if not trips:
-                notes.add("a loop of unknown length counts once")
-        if line.operation == "conditional":
-            notes.add("every branch of a conditional counts")
-        for called in re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(line.rest))):
-            yield from _runs(computations, called, inner, notes)
-
-
-def _trips(computations: _Computations, rest: str) -> int | None:
-    """How often a loop runs: as the program says, or from a condition `counter < constant`."""
-    if said := _TRIPS.search(rest):
-        return int(said[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", rest)
-    lines = computations[condition[1]] if condition else {}
-    compared = [line for line in lines.values() if line.operation == "compare"]
-    if len(compared) != 1 or "direction=LT" not in compared[0].rest:
-        return None
-    limit = lines[compared[0].operands[-1]]
-    return int(limit.rest.partition(")")[0]) if limit.operation == "constant" else None
-
-
-def _collectives(computations: _Computations, name: str) -> dict[Any, tuple[str, int, str]]:
+def _collectives(computations: hlo.Computations, name: str) -> dict[Any, tuple[str, int, str]]:
     """(kind, bytes of operands, rest of the line) of a computation and its fusions, by channel.
 
     A TPU program writes a collective that runs beside other work into several fusions, its start,
@@ -167,7 +96,7 @@ def _collectives(computations: _Computations, name: str) -> dict[Any, tuple[str,
             channel = _CHANNEL.search(line.rest)
             size = sum(lines[operand].bytes for operand in line.operands)
             found[channel[1] if channel else (name, len(found))] = kind, size, line.rest
-        for fused in _FUSED.findall(line.rest):
+        for fused in line.fused:
             found = _collectives(computations, fused) | found
     return found
 
@@ -201,3 +130,38 @@ def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     places = np.unravel_index(groups, mesh.devices.shape)
     differ = (np.any(place != place[:, :1]) for place in places)
     return tuple(name for name, moves in zip(mesh.axis_names, differ, strict=True) if moves)
+
+
+def rows(
+    kind: str,
+    found: Traffic,
+    tokens: int,
+    mesh: Mesh,
+    device: devices.Device | None,
+    seconds: float | None,
+) -> list[Row]:
+    """Bytes that a device sends in one call on `tokens` tokens, by collective and axis, and the
+    share of the call's `seconds` that the device's links need for them.
+    """
+    note = "; ".join(sorted(found.notes)) if mesh.size > 1 else "one device"
+    rows = [
+        Row(f"{kind} network, {c.kind} over {'+'.join(c.axes)}", c.bytes, "B", "compiled")
+        for c in found.collectives
+    ]
+    rows.append(Row(f"{kind} network, all", found.bytes, "B", "compiled", note))
+    per_token = found.bytes * mesh.size / tokens
+    rows.append(Row(f"{kind} network, per token", per_token, "B/token", "compiled", note))
+    name, unit = f"{kind} network, share of the call", "%"
+    speed = device and device.link_bytes_per_s
+    if mesh.size == 1:
+        rows.append(Row(name, 0.0, unit, "compiled", note))
+    elif seconds is None:
+        rows.append(not_available(name, unit, "the call was not timed"))
+    elif not speed:
+        kind_of = mesh.devices.flat[0].device_kind
+        rows.append(not_available(name, unit, f"no link speed is known for {kind_of!r}"))
+    else:
+        share = 100 * found.bytes / speed / seconds
+        told = f"at {speed / 1e9:.4g} GB/s, all links together; nothing overlaps"
+        rows.append(Row(name, share, unit, "modelled", told))
+    return rows

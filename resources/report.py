@@ -1,26 +1,20 @@
-"""The report: rows that say how each number was obtained, as a table and as JSON."""
+"""The report: rows that say how each number was obtained, by resource, and their JSON.
+
+The layout of the JSON is docs/report.schema.json.
+"""
 
 import dataclasses
 import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import rich.box
-import rich.console
-import rich.table
-
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+RESOURCES = ("compute", "memory", "energy", "money", "network", "quality")
 Provenance = Literal["measured", "compiled", "modelled", "assumed"]
-LETTERS = {"measured": "m", "compiled": "c", "modelled": "f", "assumed": "a"}
-LEGEND = (
-    "m measured (clock, allocator)   c compiled (read from the program and its shapes)   "
-    "f modelled (a formula over c or m)   a assumed"
-)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _ROOT = Path(__file__).parents[1]
 
@@ -34,6 +28,7 @@ class Row:
     unit: str  # as "B", "tok/s", "FLOP/token"; "" for a count
     provenance: Provenance | None
     note: str = ""
+    interval: tuple[float, float] | None = None  # in which the value lies with 99 % confidence
 
     def __post_init__(self):
         if self.value is None:
@@ -50,12 +45,79 @@ def not_available(name: str, unit: str, reason: str) -> Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Curve:
+    """One number at several sizes: `rows[i]` is it when `over` is `at[i]`."""
+
+    name: str  # as "state"
+    over: str  # as "context", in tokens
+    at: Sequence[int]
+    rows: Sequence[Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hot:
+    """One place of a profile: what the operations of a module take in one training step."""
+
+    path: str  # of modules, the operation last
+    direction: str  # forward, backward, recomputed or other
+    calls: float
+    seconds: float  # measured, all threads or devices together
+    share: float  # of all operations' seconds
+    bytes: float  # read and written, from the program
+
+
+@dataclasses.dataclass(frozen=True)
 class Column:
-    """One config's rows; `fingerprint` identifies the config."""
+    """One config's rows by resource, and its curves; `fingerprint` identifies the config."""
 
     config: str
     fingerprint: str
-    rows: Sequence[Row]
+    resources: Mapping[str, Sequence[Row]]
+    curves: Sequence[Curve] = ()
+    profile: Sequence[Hot] = ()  # those that take longest first
+
+    def __post_init__(self):
+        for name in self.resources:
+            if name not in RESOURCES:
+                raise ValueError(f"no resource {name!r}; use {', '.join(RESOURCES)}.")
+        names = [row.name for row in self.rows]
+        twins = sorted({name for name in names if names.count(name) > 1})
+        if twins:
+            raise ValueError(f"{self.config} has two rows {twins[0]!r}.")
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, resource after resource."""
+        return [row for rows in self.resources.values() for row in rows]
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name."""
+        return next((row for row in self.rows if row.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """One kind of call of two configs that were timed in turn."""
+
+    kind: str  # as "train"
+    config: str
+    than: str
+    ratio: float  # the median of the seconds of `than` over those of `config`: above 1 is faster
+    interval: tuple[float, float] | None  # of 99 %; None: too few calls to say
+    verdict: str  # a speed-up only where the interval leaves 1 out
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """The size from which on one kind of call of `config` takes less than that of `than`."""
+
+    kind: str  # as "prefill"
+    over: str  # as "length"
+    config: str
+    than: str
+    at: float | None  # None: no single one within the sizes, see the verdict
+    interval: tuple[float, float] | None  # of 99 %
+    verdict: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +128,8 @@ class Report:
     device: str
     versions: Mapping[str, str]
     commit: str | None
+    contests: Sequence[Contest] = ()
+    crossovers: Sequence[Crossover] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, with the version of their layout."""
@@ -76,6 +140,41 @@ class Report:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n")
+
+
+def read(file: str | Path) -> Report:
+    """The report in a JSON file; ValueError for a file that is none, or of another layout."""
+    try:
+        found = json.loads(Path(file).read_text())
+        version = found.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"layout {version}; this version reads layout {SCHEMA_VERSION}")
+        columns = [_column(**column) for column in found.pop("columns")]
+        contests = [Contest(**_paired(one)) for one in found.pop("contests")]
+        crossovers = [Crossover(**_paired(one)) for one in found.pop("crossovers")]
+        return Report(columns=columns, contests=contests, crossovers=crossovers, **found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no report of eval.py --json: {error}") from error
+
+
+def _column(config: str, fingerprint: str, resources: dict, curves: list, profile: list) -> Column:
+    rows = {name: [_row(row) for row in rows] for name, rows in resources.items()}
+    places = [Hot(**place) for place in profile]
+    return Column(config, fingerprint, rows, [_curve(**curve) for curve in curves], places)
+
+
+def _curve(name: str, over: str, at: list, rows: list) -> Curve:
+    return Curve(name, over, tuple(at), [_row(row) for row in rows])
+
+
+def _row(found: dict) -> Row:
+    return Row(**_paired(found))
+
+
+def _paired(found: dict) -> dict:
+    """JSON has no tuples."""
+    interval = found["interval"]
+    return found | {"interval": None if interval is None else tuple(interval)}
 
 
 def versions() -> dict[str, str]:
@@ -96,53 +195,3 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def human(value: float, unit: str) -> str:
-    """`value` with four digits and a prefix: 12.35k tok/s, 4.5 MB, 18 ms."""
-    if unit == "s":
-        for scale, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-            if abs(value) >= scale:
-                return f"{_digits(value / scale)} {name}"
-        return f"{_digits(value * 1e6)} us" if value else "0 s"
-    prefix = ""
-    for scale, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            value, prefix = value / scale, name
-            break
-    if not unit or unit.startswith("tok"):
-        return f"{_digits(value)}{prefix} {unit}".rstrip()
-    return f"{_digits(value)} {prefix}{unit}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def show(report: Report, file: Any = None) -> None:
-    """Print the table: a column a config, a row a resource, and how each number was obtained."""
-    file = file or sys.stdout
-    width = None if file.isatty() else 60 + 30 * len(report.columns)
-    console = rich.console.Console(file=file, width=width, highlight=False)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("")
-    for column in report.columns:
-        table.add_column(column.config, justify="right", overflow="fold")
-    notes: dict[str, int] = {}
-    by_name = [{row.name: row for row in column.rows} for column in report.columns]
-    for name in dict.fromkeys(row.name for column in report.columns for row in column.rows):
-        table.add_row(name, *(_cell(rows.get(name), notes) for rows in by_name))
-    console.print(table)
-    lines = [f"({number}) {note}" for note, number in notes.items()]
-    made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    lines += [LEGEND, f"{report.device}; {made_with}; commit {report.commit or 'unknown'}"]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-
-
-def _cell(row: Row | None, notes: dict[str, int]) -> str:
-    if row is None:
-        return ""
-    mark = f" ({notes.setdefault(row.note, len(notes) + 1)})" if row.note else ""
-    if row.value is None or row.provenance is None:
-        return f"not available{mark}"
-    return f"{human(row.value, row.unit)} {LETTERS[row.provenance]}{mark}"

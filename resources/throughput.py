@@ -1,6 +1,7 @@
 """Seconds: of a call, of several side by side, and of compiling."""
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from resources import spread
 from resources.report import Row
 
 
@@ -29,6 +31,11 @@ class Timing:
         """The smallest time that at least 95 of 100 calls did not exceed."""
         ordered = sorted(self.seconds)
         return ordered[-(-95 * len(ordered) // 100) - 1]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the median lies with 99 % confidence; None for fewer than 8 calls."""
+        return spread.median_interval(self.seconds)
 
 
 class Compiled(NamedTuple):
@@ -61,9 +68,10 @@ def time_call(fn: Callable, *args: Any, warmup: int = 2, repeats: int = 10) -> T
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], *, warmup: int = 2, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Time several calls in turn, A B B A A B ..., so that drift of the machine meets all alike.
+    """Time several calls in turn, each round in an order drawn by lot or in its reverse.
 
-    Only ratios of numbers from one such run mean anything on a machine that others use.
+    So drift of the machine meets all alike, A B B A, and no two are neighbours every time. Only
+    ratios of numbers from one such run mean anything on a machine that others use.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} and warmup={warmup} must be at least 1 and 0.")
@@ -71,21 +79,36 @@ def interleaved(
         for _ in range(warmup):
             jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(repeats):
+    order, lot = list(calls), random.Random(0)
+    for i in range(repeats):
+        if i % 2:
+            order.reverse()
+        else:
+            lot.shuffle(order)
         for name in order:
             start = time.perf_counter()
             jax.block_until_ready(calls[name]())
             seconds[name].append(time.perf_counter() - start)
-        order.reverse()
     return {name: Timing(tuple(times), device_name()) for name, times in seconds.items()}
 
 
 def rows(kind: str, timing: Timing, tokens: int, compile_seconds: float) -> list[Row]:
     """Rows of one kind of call that works on `tokens` tokens."""
+    low, high = timing.interval or (None, None)
+    per_second = None if low is None or high is None else (tokens / high, tokens / low)
+    rate = tokens / timing.median
     return [
-        Row(f"{kind} throughput", tokens / timing.median, "tok/s", "measured"),
-        Row(f"{kind} call, median", timing.median, "s", "measured"),
-        Row(f"{kind} call, p95", timing.p95, "s", "measured", f"{len(timing.seconds)} calls"),
+        Row(f"{kind} throughput", rate, "tok/s", "measured", interval=per_second),
+        *latency_rows(f"{kind} call", timing),
         Row(f"{kind} compile", compile_seconds, "s", "measured"),
+    ]
+
+
+def latency_rows(name: str, timing: Timing, parts: int = 1) -> list[Row]:
+    """Median and p95 of a call's seconds, over the `parts` equal things that it does."""
+    interval = timing.interval and (timing.interval[0] / parts, timing.interval[1] / parts)
+    note = f"{len(timing.seconds)} calls"
+    return [
+        Row(f"{name}, median", timing.median / parts, "s", "measured", interval=interval),
+        Row(f"{name}, p95", timing.p95 / parts, "s", "measured", note),
     ]

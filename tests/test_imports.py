@@ -15,6 +15,7 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     "inference": ("models", "kernels", "parallel", "configs.schema", "data"),
     "training": ("configs.schema", "models.lm", "parallel", "data", "inference"),
     "resources": ("configs.schema", "parallel", "kernels"),
+    "ruler": ("configs.schema", "models.lm", "parallel", "training", "resources"),
 }
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of models

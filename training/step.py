@@ -188,12 +188,13 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
 
     def update(state: State, batch) -> tuple[State, dict]:
         said, carry, grads = gradient(state.params, batch, state.carry)
-        norm = optax.tree.norm(grads)
-        if config.clip_norm:
-            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            if config.clip_norm:
+                scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, moments = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(said["loss"]) & jnp.isfinite(norm)
         params, moments, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -39,12 +39,15 @@ def test_results_are_waited_for():
     assert throughput.time_call(work, x, warmup=1, repeats=5).p95 > alone / 5
 
 
-def test_interleaved_turns_around_each_round():
+def test_interleaved_draws_an_order_and_then_turns_it_around():
     seen = []
     calls = {name: (lambda name=name: seen.append(name)) for name in "ABC"}
-    timings = throughput.interleaved(calls, warmup=0, repeats=3)
-    assert "".join(seen) == "ABCCBAABC"
-    assert [len(timings[name].seconds) for name in "ABC"] == [3, 3, 3]
+    timings = throughput.interleaved(calls, warmup=0, repeats=41)
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert all(sorted(one) == ["A", "B", "C"] for one in rounds)
+    assert [one[::-1] for one in rounds[0:40:2]] == rounds[1:40:2]
+    assert len(set(rounds)) == 6
+    assert [len(timings[name].seconds) for name in "ABC"] == [41, 41, 41]
 
 
 def test_compiling_is_timed_apart_and_runs_nothing():

@@ -1,23 +1,26 @@
 """eval.py from the command line to the JSON, and its parts on their own."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import jsonschema
 import pytest
 
 from configs import schema
 from models import lm
 from parallel import sharding
-from tests.resources.test_report import check_layout
+from ruler import groups, quality, rows
+from ruler.subject import Subject, choose
+from tests.resources.test_report import SCHEMA
 from training import checkpoint, loop
 
 pytestmark = pytest.mark.xdist_group("eval")  # one worker: its fixtures are runs
 ROOT = Path(__file__).parents[2]
-ruler = importlib.import_module("eval")
 
 CONFIG = """
 from configs.schema import Data, Experiment, Optimizer
@@ -30,23 +33,54 @@ def get_config():
     data = Data(length=32, batch=4)
     return Experiment(model, steps=9, data=data, optimizer=Optimizer(warmup_steps=0))
 """
+KINDS = ("train", "prefill", "decode")
 MEASURED = {
-    f"{kind} {what}"
-    for kind in ("train", "prefill", "decode")
-    for what in ("throughput", "call, median", "call, p95", "compile")
+    "roof, compute",
+    "roof, memory",
+    *(
+        f"{kind} {what}"
+        for kind in KINDS
+        for what in ("throughput", "call, median", "call, p95", "compile")
+    ),
+    *(
+        f"{name}, {which}"
+        for name in ("time to first token", "time per output token")
+        for which in ("median", "p95")
+    ),
 }
 COMPILED = {
+    "train bytes moved",
     "parameters, total",
     "parameters, non-embedding",
     "parameters, active",
     *(f"train memory, {part}" for part in ("arguments", "outputs", "aliased", "temporaries")),
-    *(f"state at {context} tokens" for context in ("1k", "4k", "64k")),
+    *(f"state at {context} tokens" for context in ("1k", "4k", "64k", "1M")),
     *(f"{kind} FLOPs, by XLA" for kind in ("forward", "train")),
+    *(f"train network, {what}" for what in ("all", "per token", "share of the call")),
 }
-MODELLED = {
+EXACT = {  # modelled on shapes alone
+    *(
+        f"train FLOPs beyond the model's, {what}"
+        for what in ("attention", "cross_entropy", "other contractions", "other arithmetic")
+    ),
     "train memory, peak",
+    "weights on disk",
     *(f"{kind} FLOPs, {which}" for kind in ("forward", "train") for which in ("model", "executed")),
 }
+CLOCKED = {  # modelled on seconds
+    *(f"{kind} energy" for kind in KINDS),
+    "training run energy",
+    "training run emissions",
+    *(f"{kind} cost" for kind in KINDS),
+    "training run cost",
+    "training cost a parameter",
+    "train MFU, of the measured peak",
+    "train HFU, of the measured peak",
+    "train achieved",
+    "train share of the roofline",
+    "train intensity",
+}
+STATED = ("--watts=65", "--price=0.5")
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
@@ -65,18 +99,20 @@ def twins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
     json_file = folder / "out" / "twins.json"
     again = f"--config={folder / 'tiny.py'}"
-    done = run(folder, again, "--seconds=0.5", "--peak_seconds=200", f"--json={json_file}")
+    spent = "--seconds=0.5", "--peak_seconds=200"
+    done = run(folder, again, *spent, *STATED, f"--json={json_file}")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(json_file.read_text())
 
 
 def rows_of(found: dict, column: int) -> dict[str, dict]:
-    return {row["name"]: row for row in found["columns"][column]["rows"]}
+    resources = found["columns"][column]["resources"].values()
+    return {row["name"]: row for rows in resources for row in rows}
 
 
 def test_every_row_is_there_with_its_provenance(twins):
     _, found = twins
-    check_layout(found)
+    jsonschema.validate(found, SCHEMA)
     assert [column["config"] for column in found["columns"]] == ["tiny", "tiny (2)"]
     rows = rows_of(found, 0)
     by_provenance = {}
@@ -85,17 +121,20 @@ def test_every_row_is_there_with_its_provenance(twins):
     grown = {"train memory, measured"} if sys.platform == "linux" else set()
     assert by_provenance["measured"] == MEASURED | grown
     assert by_provenance["compiled"] == COMPILED
-    assert by_provenance["modelled"] == MODELLED
+    assert by_provenance["modelled"] == EXACT | CLOCKED
     assert rows["validation"]["note"] == "no --workdir with a checkpoint"
+    assert {"listed" in name for name, row in rows.items() if "peak is known" in row["note"]} == {
+        True
+    }
 
 
 def test_equal_configs_have_equal_programs_and_like_times(twins):
     _, found = twins
     first, second = rows_of(found, 0), rows_of(found, 1)
     assert found["columns"][0]["fingerprint"] == found["columns"][1]["fingerprint"]
-    for name in COMPILED | MODELLED:
+    for name in COMPILED | EXACT:
         assert first[name] == second[name]
-    for kind in ("train", "prefill", "decode"):
+    for kind in KINDS:
         times = [rows[f"{kind} call, median"]["value"] for rows in (first, second)]
         assert max(times) < 3 * min(times)
 
@@ -110,8 +149,11 @@ def test_the_numbers_fit_together(twins):
     assert rows["forward FLOPs, model"] < 1.05 * rows["forward FLOPs, executed"]
     assert rows["train FLOPs, by XLA"] < rows["train FLOPs, executed"]  # two layers, one body
     assert rows["state at 1k tokens"] == rows["state at 64k tokens"]  # the window is 16
+    joules = 65 * rows["train call, median"]
+    assert rows["train energy"] == pytest.approx(joules / (4 * 32))
+    assert rows["training run cost"] == pytest.approx(0.5 / 3600 * 9 * rows["train call, median"])
     for name, row in rows_of(found, 0).items():
-        assert row["value"] is None or row["value"] > 0, name
+        assert row["value"] is None or row["value"] > 0 or "network" in name, name
 
 
 def test_the_table_holds_what_the_json_holds(twins):
@@ -128,34 +170,34 @@ def test_one_group_alone_and_a_wrong_one(tmp_path):
     assert "throughput" not in done.stdout
     done = run(tmp_path, "--only=sped")
     assert done.returncode == 2
-    known = ", ".join(ruler.GROUPS)
+    known = ", ".join(groups.GROUPS)
     assert done.stderr.strip().endswith(f"--only=sped: no group 'sped'. Use {known}.")
 
 
 def test_columns_are_named_after_files_and_chosen_by_number():
     experiment = schema.Experiment()
     files = ["a/x.py", "b/y.py:wide", "b/x.py"]
-    named = ruler.choose_subjects([experiment] * 3, files, -1)
+    named = choose([experiment] * 3, files, -1)
     assert [subject.name for subject in named] == ["x", "y:wide", "x (2)"]
-    assert [subject.index for subject in ruler.choose_subjects([experiment] * 3, files, 1)] == [1]
+    assert [subject.index for subject in choose([experiment] * 3, files, 1)] == [1]
     with pytest.raises(ValueError, match=r"--column=3 must be -1 \(all\) to 2"):
-        ruler.choose_subjects([experiment] * 3, files, 3)
+        choose([experiment] * 3, files, 3)
 
 
 def test_a_failing_process_is_a_reason_and_a_wrong_config_an_error(monkeypatch):
-    subject = ruler.Subject("x", schema.Experiment(), 0)
+    subject = Subject("x", schema.Experiment(), 0)
 
     def ends(code, text):
         done = subprocess.CompletedProcess([], code, "", text)
-        monkeypatch.setattr(ruler.subprocess, "run", lambda *_, **__: done)
+        monkeypatch.setattr(rows.subprocess, "run", lambda *_, **__: done)
 
     ends(1, "Traceback\nRuntimeError: no memory\n")
-    row = ruler.peak_elsewhere(subject, 1.0)
+    row = rows.peak_elsewhere(subject, 1.0)
     assert row.value is None and row.note == "its process failed: RuntimeError: no memory"
     ends(2, "config error: heads=3 does not divide\n")
     with pytest.raises(ValueError, match="^heads=3 does not divide"):
-        ruler.peak_elsewhere(subject, 1.0)
-    assert ruler.peak_elsewhere(subject, 0.0).note == "left out by --peak_seconds=0"
+        rows.peak_elsewhere(subject, 1.0)
+    assert rows.peak_elsewhere(subject, 0.0).note == "left out by --peak_seconds=0"
 
 
 @pytest.fixture(scope="module")
@@ -182,21 +224,50 @@ def trained(tmp_path_factory):
     return str(folder / "run"), experiment, expected
 
 
+def validated(experiment, workdir: str) -> list:
+    subject = Subject("x", experiment)
+    return quality.validation(subject, quality.load(subject, workdir))
+
+
 def test_validation_reads_the_checkpoint(trained):
     workdir, experiment, expected = trained
-    row = ruler.quality(ruler.Subject("x", experiment, 0), workdir)
+    row, *others = validated(experiment, workdir)
     assert (row.value, row.unit, row.provenance) == (expected, "bit/byte", "measured")
     assert 6 < row.value < 10  # random weights
     assert row.note.startswith("step 3, ")
+    assert all(6 < other.value < 10 and other.value != expected for other in others)
+    assert len(others) == 3
 
 
 def test_another_model_s_checkpoint_is_no_number(trained):
     workdir, experiment, _ = trained
     wider = dataclasses.replace(experiment, model=lm.Config(width=24, depth=1))
-    row = ruler.quality(ruler.Subject("x", wider, 0), workdir)
+    row, *others = validated(wider, workdir)
     assert row.value is None and "does not fit this model" in row.note
+    assert all(other.note == row.note for other in others)
     capped = dataclasses.replace(experiment, model=lm.Config(width=16, depth=1, softcap=30.0))
-    row = ruler.quality(ruler.Subject("x", capped, 0), workdir)
+    row, *_ = validated(capped, workdir)
     assert row.value is None and row.note.endswith("is of another model")
-    row = ruler.quality(ruler.Subject("x", experiment, 0), workdir + "/elsewhere")
+    row, *_ = validated(experiment, workdir + "/elsewhere")
     assert row.value is None and row.note.startswith("no checkpoint in")
+
+
+def test_a_model_is_like_itself_and_less_like_another(trained):
+    workdir, experiment, _ = trained
+    subject = Subject("x", experiment)
+    found = quality.load(subject, workdir)
+    same = {row.name: row.value for row in quality.likeness(subject, subject, found, found)}
+    assert same == {
+        "compression ratio to the first": 1.0,
+        "agreement with the first": 1.0,
+        "KL from the first": 0.0,
+        "KL to the first": 0.0,
+        "loyalty to the first": 1.0,
+    }
+    noise = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sign(jnp.sin(leaf * 1e4)), found.params)
+    other = quality.likeness(subject, subject, found._replace(params=noise), found)
+    values = {row.name: row.value for row in other}
+    assert values["agreement with the first"] < 0.9 and 0 < values["loyalty to the first"] < 0.99
+    assert values["KL from the first"] > 0.01
+    missing = quality.likeness(subject, subject, "no run", found)
+    assert [row.note for row in missing[1:]] == ["no run"] * 4

@@ -1,0 +1,1 @@
+"""Configs under the ruler: their programs, and what `resources` says of them."""

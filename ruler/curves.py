@@ -1,0 +1,112 @@
+"""Numbers over the size of something: context, length, batch or width, with fitted exponents."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from resources import fits
+from resources.report import Crossover, Curve, Row, not_available
+from ruler import rows, speed
+from ruler.subject import DECODED, Subject
+
+AXES = ("length", "batch", "width")
+CONTEXT = tuple(2**power for power in range(8, 21, 2))  # tokens at which a state is weighed
+PARTS = {"train": 1, "prefill": 1, "decode": DECODED}  # a call's equal parts
+
+
+def parse(text: str) -> list[tuple[str, list[int]]]:
+    """`length:128,256;batch:1,2` as [("length", [128, 256]), ("batch", [1, 2])]."""
+    found = []
+    for part in filter(None, text.split(";")):
+        match = re.fullmatch(r"(\w+):(\d+(?:,\d+)*)", part)
+        if not match or match[1] not in AXES:
+            axes = ", ".join(AXES)
+            raise ValueError(f"--curves={text}: write AXIS:N,N,..., with an axis of {axes}.")
+        sizes = sorted({int(size) for size in match[2].split(",")})
+        if len(sizes) < 3 or sizes[0] < 1:
+            raise ValueError(f"--curves={text}: {part!r} needs at least three sizes, above 0.")
+        found.append((match[1], sizes))
+    return found
+
+
+def state(subject: Subject) -> Curve:
+    """Bytes that decoding carries for one sequence, over the tokens that it has read."""
+    if subject.causal:
+        sizes = (rows.state_bytes(subject, tokens) for tokens in CONTEXT)
+        found = [Row("state", size, "B", "compiled") for size in sizes]
+    else:
+        found = [not_available("state", "B", rows.NO_STATE)] * len(CONTEXT)
+    return Curve("state", "context", CONTEXT, found)
+
+
+class Swept:
+    """Configs timed at several sizes of one axis: their curves, exponents and crossovers."""
+
+    def __init__(self, subjects: Sequence[Subject], axis: str, sizes: list[int], seconds: float):
+        self.subjects, self.axis, self.sizes = subjects, axis, sizes
+        self.timed: dict[str, list[list[speed.Timed | None]]] = {kind: [] for kind in speed.KINDS}
+        self.peaks: list[list[Row]] = []
+        for size in sizes:  # one size after the other: the programs of one are dropped
+            there = [subject.at(**{axis: size}) for subject in subjects]
+            for kind in speed.KINDS:
+                self.timed[kind].append(speed.timed(there, kind, seconds))
+            self.peaks.append([rows.planned_peak(subject) for subject in there])
+
+    def curves(self, column: int) -> list[Curve]:
+        """Seconds of a call, or of a token that is written, and planned memory of training."""
+        found = []
+        for kind, parts in PARTS.items():
+            name = f"{kind} {'call' if parts == 1 else 'token'}"
+            points = [self._point(name, row[column], parts) for row in self.timed[kind]]
+            found.append(Curve(name, self.axis, self.sizes, points))
+        peaks = [row[column] for row in self.peaks]
+        return [*found, Curve("train memory", self.axis, self.sizes, peaks)]
+
+    def _point(self, name: str, found: speed.Timed | None, parts: int) -> Row:
+        if found is None:
+            return not_available(name, "s", speed.ENCODER)
+        interval = found.timing.interval
+        scaled = interval and (interval[0] / parts, interval[1] / parts)
+        return Row(name, found.timing.median / parts, "s", "measured", interval=scaled)
+
+    def exponents(self, column: int) -> list[Row]:
+        """p of value = c size^p, for each curve that has values."""
+        found = []
+        for curve in self.curves(column):
+            name = f"{curve.name}, exponent over {self.axis}"
+            values = [row.value for row in curve.rows if row.value is not None]
+            if len(values) < len(curve.rows):
+                reason = next(row.note for row in curve.rows if row.value is None)
+                found.append(not_available(name, "", reason))
+                continue
+            fit = fits.exponent(self.sizes, values, confidence=0.99)
+            note = f"R2 {fit.r2:.3f}, sizes {min(self.sizes)} to {max(self.sizes)}"
+            interval = fit.low, fit.high
+            found.append(Row(name, fit.exponent, "", "modelled", note, interval))
+        return found
+
+    def crossovers(self) -> list[Crossover]:
+        """Where each config begins to beat the first one, for each kind of call."""
+        first, *others = range(len(self.subjects))
+        found = []
+        for other in others:
+            for kind, timed in self.timed.items():
+                pairs = [(row[first], row[other]) for row in timed]
+                if any(one is None for pair in pairs for one in pair):
+                    continue
+                found.append(self._crossover(kind, other, pairs))
+        return found
+
+    def _crossover(self, kind: str, other: int, pairs: list) -> Crossover:
+        a, b = (_seconds([pair[side] for pair in pairs]) for side in range(2))
+        than, config = self.subjects[0].name, self.subjects[other].name
+        where = fits.crossover(self.sizes, a, b, names=(than, config), confidence=0.99)
+        interval = None if where.low is None or where.high is None else (where.low, where.high)
+        return Crossover(kind, self.axis, config, than, where.length, interval, where.verdict)
+
+
+def _seconds(timed: list[speed.Timed]) -> np.ndarray:
+    """Seconds by size and call; as many calls at each size as at the size with the fewest."""
+    calls = min(len(one.timing.seconds) for one in timed)
+    return np.array([one.timing.seconds[:calls] for one in timed])
