@@ -51,7 +51,7 @@ def main() -> int:
         host.keep_memory()
     try:
         with loading.configuration():
-            subjects = subject.choose(experiments, options["config"], options["column"])
+            subjects = subject.choose(experiments, options["config"])
             found = measure.measure(subjects, chosen, options)
     except guards.Stop as stop:
         print(stop, file=sys.stderr)

@@ -261,7 +261,7 @@ def roofline(report: Report) -> Picture:
 def front(report: Report, across: str, up: str) -> Picture:
     """Two rows against each other: in colour what no config beats in both, grey what one does.
 
-    More is better where the unit is a rate (".../s"); elsewhere less is.
+    `pareto.sense` says of which rows more is better.
     """
     title = f"{up} against {across}".capitalize()
     rows = {i: _valued(c.row(name) for name in (across, up)) for i, c in enumerate(report.columns)}
@@ -274,9 +274,7 @@ def front(report: Report, across: str, up: str) -> Picture:
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.add_subplot()
         units = [row.unit for row in next(iter(rows.values()))]
-        senses: list[pareto.Sense] = [
-            "higher" if unit.endswith("/s") else "lower" for unit in units
-        ]
+        senses = [pareto.sense(row) for row in next(iter(rows.values()))]
         places: dict[int, list[Any]] = {i: [row.value for row in own] for i, own in rows.items()}
         best = {list(places)[k] for k in pareto.front(list(places.values()), senses)}
         corners = sorted(places[i] for i in best)

@@ -88,7 +88,8 @@ def page(report: Report) -> str:
     """The whole page. It asks for nothing from elsewhere and runs no script."""
     names = [column.config for column in report.columns]
     count = "one config" if len(names) == 1 else f"{len(names)} configs"
-    parts = [_table(report), _comparisons(report), _figures(figures.draw(report))]
+    drawn = _figures(figures.draw(report))
+    parts = [_table(report), _comparisons(report), drawn, *map(_profile, report.columns)]
     return _PAGE.substitute(
         title=f"Resources of {count}",
         style=_STYLE,
@@ -108,8 +109,9 @@ def _letters() -> str:
 
 
 def _comparisons(report: Report) -> str:
-    """Who was faster, and from which size on."""
-    lines = [f"<li>{escape(told(one))}</li>" for one in (*report.contests, *report.crossovers)]
+    """How the configs were sized, who was faster, and from which size on."""
+    said = (*report.notes, *map(told, (*report.contests, *report.crossovers)))
+    lines = [f"<li>{escape(line)}</li>" for line in said]
     if not lines:
         return ""
     return _section("Comparisons", '<ul class="list">\n' + "\n".join(lines) + "\n</ul>")
@@ -173,6 +175,22 @@ def _cell(row: Row | None, notes: dict[str, int]) -> str:
             low = number
         interval = f"<small>{escape(f'{low} to {high}')}</small>"
     return f"<td>{escape(human(row.value, row.unit))} {letter}{note}{interval}</td>"
+
+
+def _profile(column: Column) -> str:
+    """Where a config's training step spends its time; empty where it was not traced."""
+    if not column.profile:
+        return ""
+    heads = ("module", "pass", "time (measured)", "share", "bytes (compiled)")
+    lines = ["".join(f'<th scope="col">{head}</th>' for head in heads)]
+    for hot in column.profile:
+        numbers = human(hot.seconds, "s"), f"{hot.share:.1%}", human(hot.bytes, "B")
+        cells = "".join(f"<td>{escape(text)}</td>" for text in (hot.direction, *numbers))
+        lines.append(f'<th scope="row">{escape(hot.path)}</th>{cells}')
+    rows = "\n".join(f"<tr>{line}</tr>" for line in lines[1:])
+    table = f"<table>\n<thead><tr>{lines[0]}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    title = f"Where a training step of {column.config} spends its time"
+    return _section(title, f'<div class="wide">{table}</div>')
 
 
 def _figures(pictures: list[Picture]) -> str:

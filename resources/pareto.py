@@ -5,8 +5,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from resources.report import Row
+
 Sense = Literal["lower", "higher"]
 Points = Sequence[Sequence[float]] | np.ndarray
+# Names of rows, as they begin, of which more is better though they are no rates.
+HIGHER = ("agreement", "loyalty", "compression", "train MFU", "train HFU", "train share")
+
+
+def sense(row: Row) -> Sense:
+    """Whether more of a row is better: of rates, of likeness and of use; of all else it is not."""
+    more = row.unit.endswith("/s") or row.name.startswith(HIGHER)
+    return "higher" if more else "lower"
 
 
 def ranks(points: Points, senses: Sequence[Sense]) -> list[int]:

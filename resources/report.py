@@ -130,6 +130,7 @@ class Report:
     commit: str | None
     contests: Sequence[Contest] = ()
     crossovers: Sequence[Crossover] = ()
+    notes: Sequence[str] = ()  # on all of it, as how the configs were sized
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, with the version of their layout."""

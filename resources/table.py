@@ -150,6 +150,7 @@ def footer(report: Report, notes: dict[str, int]) -> list[str]:
     """The lines under a table: notes by number, who was faster, what letters mean, the origin."""
     return [
         *(f"({number}) {note}" for note, number in notes.items()),
+        *report.notes,
         *map(told, (*report.contests, *report.crossovers)),
         LEGEND,
         origin(report),

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from resources import pareto
 from resources.report import Column, Row, not_available
 
-HIGHER = ("tok/s", "FLOP/s", "%")  # units of which more is better
-
 
 def ranks(columns: Sequence[Column], names: Sequence[str]) -> list[Row]:
     """The rank of each config in the rows `names`; ValueError for a name that no config has."""
@@ -23,9 +21,7 @@ def ranks(columns: Sequence[Column], names: Sequence[str]) -> list[Row]:
     whole = [rows for rows in found if all(row and row.value is not None for row in rows)]
     if not whole:
         return [not_available(title, "", "no config has all of the rows")] * len(columns)
-    senses: list[pareto.Sense] = [
-        "higher" if row and row.unit in HIGHER else "lower" for row in whole[0]
-    ]
+    senses: list[pareto.Sense] = [pareto.sense(row) for row in whole[0] if row]
     points = [[_value(row) for row in rows] for rows in whole]
     ranked = iter(pareto.ranks(points, senses))
     chosen = "; ".join(f"{n}, {sense} is better" for n, sense in zip(names, senses, strict=True))

@@ -10,7 +10,7 @@ import jax
 from configs import schema
 from resources import devices, energy, money, report, throughput
 from resources.report import Column, Contest, Report, Row
-from ruler import curves, front, quality, rows, speed
+from ruler import budget, curves, front, quality, rows, speed
 from ruler.groups import GROUPS
 from ruler.subject import Subject
 
@@ -33,6 +33,16 @@ class Bench:
         """Time every kind of call, the configs in turn."""
         for kind in speed.KINDS:
             self.timed[kind] = speed.timed(self.subjects, kind, self.options["seconds"])
+
+    def spend_alike(self) -> list[str]:
+        """Give every config the steps that the first one's money buys; a line for each."""
+        seconds = [timed.timing.median for timed in self.timed["train"] if timed]
+        before = [subject.experiment for subject in self.subjects]
+        lines = []
+        for subject, new in zip(self.subjects, budget.match_dollars(before, seconds), strict=True):
+            lines.append(f"{subject.name}: steps {subject.experiment.steps} -> {new.steps}")
+            subject.experiment = schema.freeze(new)
+        return lines
 
     def contests(self) -> list[Contest]:
         """Who was faster in what was timed."""
@@ -115,16 +125,36 @@ class Bench:
         return [quality.load(subject, folder) for subject, folder in pairs]
 
 
+def sized(subjects: Sequence[Subject], text: str) -> list[str]:
+    """Size every subject to the first one's budget; what was changed, a line for each."""
+    before, known = [subject.experiment for subject in subjects], {}
+    chosen = budget.named(text)
+    after = budget.match(before, chosen, known=known)
+    for subject, experiment in zip(subjects, after, strict=True):
+        subject.experiment = schema.freeze(experiment)
+    lines = budget.describe(before, after, chosen, known)
+    return [f"{subject.name}: {line}" for subject, line in zip(subjects, lines, strict=True)]
+
+
 def measure(
     subjects: Sequence[Subject], groups: Sequence[str], options: Mapping[str, Any]
 ) -> Report:
     """Measure `groups` of rows, and the curves that the options ask for; eval.py's OPTIONS."""
+    last, notes = len(subjects) - 1, []
+    if not -1 <= options["column"] <= last:
+        raise ValueError(f"--column={options['column']} must be -1 (all) to {last}.")
+    if options["match"] not in ("", "dollars"):
+        notes = sized(subjects, options["match"])
+    if options["column"] >= 0:
+        subjects = subjects[options["column"] :][:1]
     bench = Bench(subjects, options)
     found: dict[str, list[list[Row]]] = {}
     if "peak" in groups:  # it takes a process of its own, and some devices serve one at a time
         found["peak"] = _peaks(subjects, options, alone=list(groups) == ["peak"])
     if TIMED & set(groups):
         bench.time()
+        if options["match"] == "dollars":
+            notes = bench.spend_alike()
     if "latency" in groups:
         found["latency"] = speed.latency(subjects, options["seconds"])
     one: dict[str, Callable[[int], list[Row]]] = {
@@ -168,6 +198,7 @@ def measure(
         report.commit(),
         contests,
         crossovers,
+        notes,
     )
 
 

@@ -152,18 +152,15 @@ class Subject:
             return throughput.compile_timed(jitted, *args)
 
 
-def choose(experiments: list[schema.Experiment], files: list[str], column: int) -> list[Subject]:
-    """A subject for each config, named after its file; of one column only that."""
-    last = len(experiments) - 1
-    if not -1 <= column <= last:
-        raise ValueError(f"--column={column} must be -1 (all) to {last}.")
+def choose(experiments: Sequence[schema.Experiment], files: Sequence[str]) -> list[Subject]:
+    """A subject for each config, named after its file."""
     subjects, names = [], []
     for i, (experiment, file) in enumerate(zip(experiments, files, strict=True)):
         path, colon, word = file.partition(":")
         names.append(Path(path).stem + colon + word)
         twins = names[:i].count(names[i])
         subjects.append(Subject(names[i] + f" ({twins + 1})" * bool(twins), experiment, i))
-    return subjects if column < 0 else [subjects[column]]
+    return subjects
 
 
 def _zeros(leaf: Any) -> Any:

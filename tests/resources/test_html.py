@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from resources import html
-from resources.report import Column, Contest, Crossover, Curve, Report, Row, not_available
+from resources.report import Column, Contest, Crossover, Curve, Hot, Report, Row, not_available
 from resources.table import human
 from tests.resources.example_report import example
 
@@ -201,3 +201,12 @@ def test_an_interval_stands_under_its_number(interval, unit, text):
 def test_a_report_of_nothing_is_a_page():
     read = Reader(html.page(Report([], "cpu", {}, None)))
     assert [text for _, text in read.all("h1")] == ["Resources of 0 configs"]
+
+
+def test_a_profile_stands_below_the_pictures():
+    hot = Hot(f"stacks.0/{HOSTILE}/dot_general", "backward", 3.0, 0.0125, 0.25, 4.5e6)
+    column = Column("a", "0", {"compute": [Row("x", 1.0, "s", "measured")]}, profile=[hot])
+    page = html.page(Report([column], "cpu", {"jax": "1"}, None))
+    cells = [text for _, text in Reader(page).all("td")]
+    assert cells[-4:] == ["backward", "12.5 ms", "25.0%", "4.5 MB"]
+    assert "Where a training step of a spends its time" in page and HOSTILE not in page

@@ -11,7 +11,7 @@ from flax import nnx
 from configs.schema import Data, Experiment, Mesh
 from models import catalogue, lm
 from resources.report import RESOURCES, Column, Row, not_available
-from ruler import curves, front, groups, measure
+from ruler import curves, front, groups, measure, rows
 from ruler.subject import Subject
 from tests.resources.test_report import SCHEMA
 
@@ -27,6 +27,8 @@ OPTIONS = {
     "devices": "",
     "profile": 3,
     "pareto": "",
+    "match": "",
+    "column": -1,
 }
 NEEDED = {  # what may not be missing, by resource
     "compute": ("parameters, total", "train FLOPs, executed", "train throughput"),
@@ -49,7 +51,7 @@ def subject_of(config) -> Subject:
         nnx.eval_shape(lambda: model.build(nnx.Rngs(0)))
     except ValueError:  # bidirectional
         model = dataclasses.replace(model, objective="masked")
-    data = Data(length=32, batch=2)
+    data = Data(length=32, batch=8)
     return Subject("x", Experiment(model, steps=10, data=data), devices=jax.devices()[:1])
 
 
@@ -115,13 +117,13 @@ def test_a_wrong_list_of_curves_is_one_line(text):
 
 def column(name: str, **values: float | None) -> Column:
     units = {"speed": "tok/s", "state": "B"}
-    rows = [
+    lines = [
         Row(name, value, units[name], "compiled")
         if value is not None
         else not_available(name, units[name], "why")
         for name, value in values.items()
     ]
-    return Column(name, "", {"compute": rows})
+    return Column(name, "", {"compute": lines})
 
 
 def test_pareto_ranks_take_the_sense_of_each_unit():
@@ -153,3 +155,27 @@ def test_a_mesh_sends_bytes_and_one_sequence_runs_on_a_part_of_it():
     assert rows["train network, share of the call"].note == "no link speed is known for 'cpu'"
     assert rows["time per output token, median"].value > 0
     assert subject.alone().mesh.size == 2
+
+
+def test_configs_are_sized_to_the_first_and_one_column_is_measured_alone():
+    pair = [subject_of(catalogue.cases()[name]) for name in ("attention.softmax", "recurrent.gru")]
+    options = OPTIONS | {"match": "parameters", "column": 1, "profile": 0}
+    found = measure.measure(pair, ["parameters"], options)
+    (column,) = found.columns
+    total = column.row("parameters, total").value
+    wanted = rows.parameters(pair[0])[0].value
+    assert abs(total / wanted - 1) <= 0.01
+    assert len(found.notes) == 2 and "hidden by its rule ->" in found.notes[1]
+    with pytest.raises(ValueError, match=r"--column=2 must be -1 \(all\) to 1"):
+        measure.measure(pair, ["parameters"], options | {"column": 2})
+
+
+def test_the_same_money_buys_steps_by_their_seconds():
+    pair = [subject_of(catalogue.cases()[name]) for name in ("attention.softmax", "recurrent.gru")]
+    for subject in pair:
+        subject.experiment = dataclasses.replace(subject.experiment, steps=1000)
+    found = measure.measure(pair, ["money"], OPTIONS | {"match": "dollars", "profile": 0})
+    cost = [column.row("training run cost").value for column in found.columns]
+    assert cost[1] == pytest.approx(cost[0], rel=0.01)
+    assert found.notes[0].endswith("steps 1000 -> 1000")
+    assert pair[1].experiment.steps != 1000
