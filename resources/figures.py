@@ -274,7 +274,7 @@ def front(report: Report, across: str, up: str) -> Picture:
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.add_subplot()
         units = [row.unit for row in next(iter(rows.values()))]
-        senses = [pareto.sense(row) for row in next(iter(rows.values()))]
+        senses: list[pareto.Sense] = [pareto.sense(row) for row in next(iter(rows.values()))]
         places: dict[int, list[Any]] = {i: [row.value for row in own] for i, own in rows.items()}
         best = {list(places)[k] for k in pareto.front(list(places.values()), senses)}
         corners = sorted(places[i] for i in best)

@@ -20,6 +20,7 @@ from ruler.subject import Subject
 
 CONTEXTS = {"1k": 1024, "4k": 4096, "64k": 65536, "1M": 2**20}  # tokens before a state is weighed
 NO_STATE = "an encoder keeps no state"
+_NO_MORE = "--html= --markdown= --csv= --curves= --profile=0 --pareto=".split()
 
 
 def parameters(subject: Subject) -> list[Row]:
@@ -146,14 +147,15 @@ def peak(subject: Subject) -> Row:
 def peak_elsewhere(subject: Subject, limit: float) -> Row:
     """`peak` of a fresh process, which has no other program's memory to use again.
 
-    The process is this program again, with the same command line and --only=peak.
+    The process is this program again, with the same command line and --only=peak; what else that
+    line asks for is left out.
     """
     name, unit = "train memory, measured", "B"
     if limit <= 0:
         return not_available(name, unit, f"left out by --peak_seconds={limit:g}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "peak.json"
-        options = ("--only=peak", f"--column={subject.index}", f"--json={file}", "--html=")
+        options = ("--only=peak", f"--column={subject.index}", f"--json={file}", *_NO_MORE)
         command = [sys.executable, *sys.argv, *options]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)

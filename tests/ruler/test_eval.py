@@ -1,6 +1,8 @@
 """eval.py from the command line to the JSON, and its parts on their own."""
 
+import csv
 import dataclasses
+import html
 import json
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import jsonschema
 import pytest
 
-from configs import schema
+from configs import loading, schema
+from eval import OPTIONS
 from models import lm
 from parallel import sharding
 from ruler import groups, quality, rows
@@ -86,7 +89,11 @@ STATED = ("--watts=65", "--price=0.5")
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
     file = folder / "tiny.py"
     file.write_text(CONFIG)
-    command = [sys.executable, "eval.py", f"--config={file}", *options]
+    return program(folder, f"--config={file}", *options)
+
+
+def program(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "eval.py", *options]
     environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "HOME": str(folder)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
@@ -94,15 +101,24 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """The table and the JSON of one config given twice."""
+def written(tmp_path_factory):
+    """The table of one config given twice, and the folder of its report in all forms."""
     folder = tmp_path_factory.mktemp("twins")
-    json_file = folder / "out" / "twins.json"
+    out = folder / "out"
     again = f"--config={folder / 'tiny.py'}"
     spent = "--seconds=0.5", "--peak_seconds=200"
-    done = run(folder, again, *spent, *STATED, f"--json={json_file}")
+    forms = {"json": "json", "csv": "csv", "markdown": "md", "html": "html"}
+    files = (f"--{form}={out / f'twins.{suffix}'}" for form, suffix in forms.items())
+    done = run(folder, again, *spent, *STATED, *files)
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(json_file.read_text())
+    return done.stdout, out
+
+
+@pytest.fixture(scope="module")
+def twins(written):
+    """The table and the JSON of one config given twice."""
+    text, out = written
+    return text, json.loads((out / "twins.json").read_text())
 
 
 def rows_of(found: dict, column: int) -> dict[str, dict]:
@@ -165,6 +181,63 @@ def test_the_table_holds_what_the_json_holds(twins):
     assert str(ROOT) not in text
 
 
+def test_every_form_holds_what_the_json_holds(written, twins):
+    _, out = written
+    _, found = twins
+    lines = list(csv.DictReader((out / "twins.csv").read_text().splitlines()))
+    for i, config in enumerate(("tiny", "tiny (2)")):
+        mine = [line for line in lines if line["config"] == config]
+        numbers = {line["name"]: line for line in mine if line["resource"] != "curve"}
+        assert numbers.keys() == rows_of(found, i).keys()
+        for name, row in rows_of(found, i).items():
+            value = numbers[name]["value"]
+            assert (float(value) if value else None) == row["value"]
+            assert numbers[name]["provenance"] == (row["provenance"] or "not available")
+            assert numbers[name]["note"] == row["note"]
+        states = [int(line["value"]) for line in mine if line["name"] == "state"]
+        assert states == [row["value"] for row in found["columns"][i]["curves"][0]["rows"]]
+    table = (out / "twins.md").read_text().split("\n\n")[0].splitlines()
+    assert {line.count(" | ") for line in table[2:]} == {2}  # a name and two configs
+    assert set(rows_of(found, 0)) <= {line.split(" | ")[0].removeprefix("| ") for line in table}
+    page = (out / "twins.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("<svg") == page.count("</svg>") > 0
+    for name in rows_of(found, 0):
+        assert f">{html.escape(name)}</th>" in page
+
+
+def test_two_reports_are_compared(written, tmp_path):
+    """A report beside itself, and beside one that claims half the parameters."""
+    _, out = written
+    before, after = out / "twins.json", tmp_path / "after.json"
+    same = program(tmp_path, "--compare", str(before), str(before))
+    assert (same.returncode, same.stderr) == (0, "")
+    found = json.loads(before.read_text())
+    valued = [row for i in (0, 1) for row in rows_of(found, i).values() if row["value"] is not None]
+    assert f"{len(valued)} rows are equal." in same.stdout
+    rows_of(found, 0)["parameters, total"]["value"] /= 2
+    after.write_text(json.dumps(found))
+    changed = program(tmp_path, "--compare", str(before), str(after))
+    assert changed.returncode == 0
+    assert f"{len(valued) - 1} rows are equal." in changed.stdout
+    (line,) = (line for line in changed.stdout.splitlines() if "parameters" in line)
+    assert line.split()[:2] == ["parameters,", "total"] and line.rstrip().endswith("x 0.500")
+
+
+@pytest.mark.parametrize("wrong", ["none.json", "no_json.json", "other.json", ""])
+def test_files_that_are_no_reports_are_one_line(written, tmp_path, wrong):
+    _, out = written
+    (tmp_path / "no_json.json").write_text("train: 3")
+    (tmp_path / "other.json").write_text('{"schema_version": 1}')
+    files = [str(out / "twins.json"), *([str(tmp_path / wrong)] if wrong else [])]
+    done = program(tmp_path, "--compare", *files)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    if wrong:
+        assert line.startswith(f"config error: {tmp_path / wrong} is no report of eval.py --json: ")
+    else:
+        assert line == "config error: --compare takes two reports, not 1: A.json B.json"
+
+
 def test_one_group_alone_and_a_wrong_one(tmp_path):
     done = run(tmp_path, "--only=parameters")
     assert done.returncode == 0 and "parameters, active" in done.stdout
@@ -196,6 +269,27 @@ def test_a_failing_process_is_a_reason_and_a_wrong_config_an_error(monkeypatch):
     with pytest.raises(ValueError, match="^heads=3 does not divide"):
         rows.peak_elsewhere(subject, 1.0)
     assert rows.peak_elsewhere(subject, 0.0).note == "left out by --peak_seconds=0"
+
+
+def test_the_process_of_the_peak_does_nothing_else(monkeypatch, tmp_path):
+    """Its one row has no curve, no rank, and no place in the files of the whole report."""
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    config = f"--config={tmp_path / 'tiny.py'}"
+    files = "--json=a.json", "--html=a.html", "--markdown=a.md", "--csv=a.csv"
+    more = "--curves=length:8,16,32", "--profile=3", "--pareto=train throughput", "--watts=65"
+    monkeypatch.setattr(sys, "argv", ["eval.py", config, config, *files, *more])
+    commands = []
+
+    def runs(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(rows.subprocess, "run", runs)
+    rows.peak_elsewhere(Subject("x", schema.Experiment(), 1), 1.0)
+    _, options = loading.parse(commands[0][2:], OPTIONS)
+    assert options["json"] != "a.json"
+    set_to = {name: options[name] for name in OPTIONS if options[name] != OPTIONS[name]}
+    assert set_to == {"only": "peak", "column": 1, "json": options["json"], "watts": 65.0}
 
 
 @pytest.fixture(scope="module")
