@@ -151,7 +151,7 @@ def test_equal_configs_differ_seldom_and_a_slower_one_is_found():
     three = [subject_of("gla", depth=depth, **sizes) for depth in (2, 2, 4)]
     equal, slower = [], []
     for _ in range(TRIES):
-        contests = speed.contests(three, "train", speed.timed(three, "train", seconds=1.0))
+        contests = speed.contests(three, "train", speed.timed(three, "train", seconds=5.0))
         for one in contests:
             low, high = one.interval or (0, 2)  # a word of speed only where 1 lies outside
             words = [word in one.verdict for word in ("faster", "slower")]
