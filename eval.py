@@ -20,6 +20,7 @@ OPTIONS = {
     "curves": "",  # sizes to measure over, as length:128,256,512;batch:1,2,4
     "match": "",  # size the other configs to the first: parameters, flops, state, memory, dollars
     "pareto": "",  # names of rows, by commas: rank the configs in them
+    "loss": 0.0,  # bits per byte of validation: what it cost the runs of --workdir to reach them
     "seconds": 2.0,  # to spend on each timing; nine calls at least
     "peak_seconds": 90.0,  # limit of the process that measures peak memory; 0: leave it out
     "watts": 0.0,  # power of a device, where no counter measures it (0: the table's)

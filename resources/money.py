@@ -43,14 +43,15 @@ def run_rows(
     parameters: int,
     *,
     loss: float | None = None,
-    reached: int | None = None,
+    reached: int | str | None = None,
 ) -> list[Row]:
     """Dollars of a run of `steps` steps on `tokens` tokens each, to a loss, and a parameter.
 
     `train` is the row of dollars a million tokens: if it has no value, these have none for its
-    reason. `reached` is the number of steps after which the run had the loss `loss`; None: never.
+    reason. `reached` is the number of steps after which the run had the loss `loss`, in bits per
+    byte of validation; None: never; or the reason why nobody knows.
     """
-    to_loss = "training cost to a loss" if loss is None else f"training cost to loss {loss:g}"
+    to_loss = "training cost to a loss" if loss is None else f"training cost to {loss:g} bit/byte"
     names = (
         ("training run cost", "$"),
         (to_loss, "$"),
@@ -62,7 +63,9 @@ def run_rows(
     run = f"{train.name} x {steps} steps of {tokens} tokens"
     found = [Row(names[0][0], step * steps, "$", "modelled", run)]
     if loss is None:
-        found.append(not_available(*names[1], "no loss to reach was named"))
+        found.append(not_available(*names[1], "no --loss to reach was named"))
+    elif isinstance(reached, str):
+        found.append(not_available(*names[1], reached))
     elif reached is None:
         found.append(not_available(*names[1], f"the run of {steps} steps never had this loss"))
     else:

@@ -111,13 +111,14 @@ class Contest:
 class Crossover:
     """The size from which on one kind of call of `config` takes less than that of `than`."""
 
-    kind: str  # as "prefill"
+    kind: str  # as "prefill", in seconds a token, or "train memory", in bytes
     over: str  # as "length"
     config: str
     than: str
     at: float | None  # None: no single one within the sizes, see the verdict
     interval: tuple[float, float] | None  # of 99 %
     verdict: str
+    why: str = ""  # the work of both at the first size after it
 
 
 @dataclasses.dataclass(frozen=True)

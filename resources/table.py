@@ -127,8 +127,10 @@ def cell(row: Row | None) -> str:
 
 def told(found: Contest | Crossover) -> str:
     """What a comparison of two configs shows, in a line."""
-    over = f" over {found.over}" if isinstance(found, Crossover) else ""
-    return f"{found.kind}{over}, {found.config} against {found.than}: {found.verdict}"
+    if isinstance(found, Contest):
+        return f"{found.kind}, {found.config} against {found.than}: {found.verdict}"
+    line = f"{found.kind} over {found.over}, {found.config} against {found.than}: {found.verdict}"
+    return f"{line}; {found.why}" if found.why else line
 
 
 def _lines(report: Report, notes: dict[str, int]) -> Iterator[tuple[str, list[list[str]]]]:

@@ -1,11 +1,13 @@
-"""Numbers over the size of something: context, length, batch or width, with fitted exponents."""
+"""Numbers over the size of something: context, length, batch or width, with fitted exponents and
+with the sizes from which on one config takes less than another, and why.
+"""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from resources import fits
+from resources import compute, fits, memory
 from resources.report import Crossover, Curve, Row, not_available
 from ruler import rows, speed
 from ruler.subject import DECODED, Subject
@@ -87,26 +89,51 @@ class Swept:
         return found
 
     def crossovers(self) -> list[Crossover]:
-        """Where each config begins to beat the first one, for each kind of call."""
-        first, *others = range(len(self.subjects))
+        """Where each config begins to take less than the first: seconds a token, and memory."""
         found = []
-        for other in others:
+        for other in range(1, len(self.subjects)):
             for kind, timed in self.timed.items():
-                pairs = [(row[first], row[other]) for row in timed]
-                if any(one is None for pair in pairs for one in pair):
-                    continue
-                found.append(self._crossover(kind, other, pairs))
+                pair = [[one for one in (row[i] for row in timed) if one] for i in (0, other)]
+                if all(len(side) == len(timed) for side in pair):  # an encoder writes no text
+                    found.append(self._crossover(kind, other, *map(_seconds, pair)))
+            a, b = (np.array([row[i].value for row in self.peaks], float) for i in (0, other))
+            if np.isfinite([a, b]).all():  # not every backend tells its plan
+                found.append(self._crossover("train memory", other, a, b))
         return found
 
-    def _crossover(self, kind: str, other: int, pairs: list) -> Crossover:
-        a, b = (_seconds([pair[side] for pair in pairs]) for side in range(2))
+    def _crossover(self, kind: str, other: int, a: np.ndarray, b: np.ndarray) -> Crossover:
         than, config = self.subjects[0].name, self.subjects[other].name
         where = fits.crossover(self.sizes, a, b, names=(than, config), confidence=0.99)
         interval = None if where.low is None or where.high is None else (where.low, where.high)
-        return Crossover(kind, self.axis, config, than, where.length, interval, where.verdict)
+        why = ""
+        if where.length is not None and kind in self.timed:
+            i = next(i for i, size in enumerate(self.sizes) if size >= where.length)
+            pair = self.timed[kind][i][0], self.timed[kind][i][other]
+            why = f"at {self.axis} {self.sizes[i]} {self._why(config, than, pair, other)}"
+        return Crossover(kind, self.axis, config, than, where.length, interval, where.verdict, why)
+
+    def _why(self, config: str, than: str, pair: Sequence, other: int) -> str:
+        """The work of a token by both configs, and which roof of this machine is over each."""
+        works = [_work(self.subjects[i], timed) for i, timed in zip((0, other), pair, strict=True)]
+        (flops_than, moved_than, bound_than), (flops, moved, bound) = works
+        roofs = f"it is bound by {bound}, {than} by {bound_than}"
+        return (
+            f"{config} executes {flops / flops_than:.2f} x the FLOPs of {than} and moves "
+            f"{moved / moved_than:.2f} x its bytes; "
+            f"{f'both are bound by {bound}' if bound == bound_than else roofs}"
+        )
+
+
+def _work(subject: Subject, timed: speed.Timed) -> tuple[float, float, str]:
+    """FLOPs and bytes of a token on one device, and the roof that bounds their time."""
+    dtype, devices = subject.experiment.model.dtype, subject.mesh.size
+    flops = compute.executed_flops(timed.compiled.jaxpr).total / devices
+    moved = memory.moved(timed.compiled.program.as_text())
+    roofs = compute.matmul_peak(dtype), memory.copy_bandwidth()
+    return flops / timed.tokens, moved / timed.tokens, fits.roofline(flops, moved, *roofs).bound
 
 
 def _seconds(timed: list[speed.Timed]) -> np.ndarray:
-    """Seconds by size and call; as many calls at each size as at the size with the fewest."""
+    """Seconds a token by size and call; as many calls at each size as at that with the fewest."""
     calls = min(len(one.timing.seconds) for one in timed)
-    return np.array([one.timing.seconds[:calls] for one in timed])
+    return np.array([np.array(one.timing.seconds[:calls]) / one.tokens for one in timed])

@@ -27,6 +27,7 @@ class Bench:
         stated = {name: options[name] or None for name in ("price", "watts", "pue", "grid")}
         self.assumptions = devices.Assumptions(**stated)
         self.meter = energy.meter()
+        self.idle = None if isinstance(self.meter, str) else energy.idle_row(self.meter)
         self.timed: dict[str, list[speed.Timed | None]] = {}
 
     def time(self) -> None:
@@ -72,7 +73,8 @@ class Bench:
             counted = self._counted(subject, kind)
             found += energy.rows(kind, counted, *spent, self.assumptions)
         steps = subject.experiment.steps
-        return found + energy.run_rows(found[0], steps, subject.tokens, self.assumptions)
+        found += energy.run_rows(found[0], steps, subject.tokens, self.assumptions)
+        return found if self.idle is None else [*found, self.idle]
 
     def _counted(self, subject: Subject, kind: str) -> energy.Energy | str:
         """Measured, or why not."""
@@ -93,8 +95,11 @@ class Bench:
             spent = timed.timing.median, timed.tokens, self.device, _boards(subject)
             found += money.rows(kind, *spent, self.assumptions)
         steps = subject.experiment.steps
-        weights = rows.parameters(subject)[0].value
-        return found + money.run_rows(found[0], steps, subject.tokens, int(weights or 0))
+        weights = int(rows.parameters(subject)[0].value or 0)
+        goal: dict[str, Any] = {}
+        if loss := self.options["loss"]:
+            goal = {"loss": loss, "reached": quality.steps_to(self.trained[i], loss)}
+        return found + money.run_rows(found[0], steps, subject.tokens, weights, **goal)
 
     def traffic(self, i: int) -> list[Row]:
         """What a training step sends, and the share of its time that the links need."""

@@ -2,6 +2,7 @@
 first config.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from training.step import put_batch
 LONGER = (2, 4)  # times the trained length
 NOISE = 0.1  # share of tokens replaced
 UNIT = "bit/byte"
+BITS = "validation_bits_per_byte"  # in metrics.jsonl
 
 
 class Trained(NamedTuple):
@@ -30,6 +32,7 @@ class Trained(NamedTuple):
     plan: loop.Plan
     params: Any
     step: int
+    folder: Path  # of the run
 
 
 def load(subject: Subject, workdir: str) -> Trained | str:
@@ -47,7 +50,24 @@ def load(subject: Subject, workdir: str) -> Trained | str:
         return f"no checkpoint in {folder}"
     if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
         return f"the checkpoint in {folder} is of another model"
-    return Trained(plan, restored.tree["params"], restored.meta["step"])
+    return Trained(plan, restored.tree["params"], restored.meta["step"], Path(workdir))
+
+
+def steps_to(found: Trained | str, bits: float) -> int | str | None:
+    """The step at which the run's validation first had at most `bits` per byte; None: never.
+
+    Or the reason why that is not known. A run validates every `evaluation.every_steps`.
+    """
+    if isinstance(found, str):
+        return found
+    file = found.folder / "metrics.jsonl"
+    if not file.exists():
+        return f"no {file}"
+    records = map(json.loads, file.read_text().splitlines())
+    known = [(r["step"], r[BITS]) for r in records if r.get(BITS) is not None]
+    if not known:
+        return f"{file} holds no validation"
+    return next((step for step, value in known if value <= bits), None)
 
 
 def validation(subject: Subject, found: Trained | str) -> list[Row]:

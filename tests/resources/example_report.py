@@ -74,7 +74,9 @@ def _crossovers() -> list[Crossover]:
             "moe_top2 is better nowhere" if at is None else f"{config} is better from {at:.0f} on"
         )
         interval = None if at is None else (0.9 * at, 1.1 * at)
-        found.append(Crossover("train", "length", config, "transformer", at, interval, verdict))
+        why = "" if at is None else "both are bound by memory"
+        names = config, "transformer"
+        found.append(Crossover("train", "length", *names, at, interval, verdict, why))
     return found
 
 

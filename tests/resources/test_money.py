@@ -37,7 +37,7 @@ def test_a_run_to_its_end_to_a_loss_and_a_parameter():
     whole, to_loss, each = money.run_rows(TRAIN, 1000, 5000, 250, loss=2.5, reached=400)
     assert whole.value == pytest.approx(20e-6 * 1000 * 5000) and whole.unit == "$"
     assert to_loss.value == pytest.approx(20e-6 * 400 * 5000)
-    assert to_loss.name == "training cost to loss 2.5" and "400 steps of 5000" in to_loss.note
+    assert to_loss.name == "training cost to 2.5 bit/byte" and "400 steps of 5000" in to_loss.note
     assert each.value == pytest.approx(100 / 250) and each.unit == "$/parameter"
     assert {row.provenance for row in (whole, to_loss, each)} == {"modelled"}
 
@@ -46,7 +46,7 @@ def test_a_loss_never_reached_or_never_named_costs_nothing_invented():
     never = money.run_rows(TRAIN, 1000, 5000, 250, loss=2.5)[1]
     assert never.value is None and "1000 steps never had this loss" in never.note
     unnamed = money.run_rows(TRAIN, 1000, 5000, 250)[1]
-    assert unnamed == not_available("training cost to a loss", "$", "no loss to reach was named")
+    assert unnamed == not_available("training cost to a loss", "$", "no --loss to reach was named")
     assert money.run_rows(TRAIN, 10, 5000, 250, loss=9.0, reached=0)[1].value == 0
 
 

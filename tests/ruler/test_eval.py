@@ -344,6 +344,22 @@ def test_another_model_s_checkpoint_is_no_number(trained):
     assert row.value is None and row.note.startswith("no checkpoint in")
 
 
+def test_the_steps_to_a_loss_are_those_of_the_run(trained, tmp_path):
+    workdir, experiment, _ = trained
+    found = quality.load(Subject("x", experiment), workdir)
+    assert quality.steps_to("no run", 3.0) == "no run"
+    found = found._replace(folder=tmp_path)
+    assert quality.steps_to(found, 3.0) == f"no {tmp_path / 'metrics.jsonl'}"
+    records = [{"step": 10, "loss": 1.0}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert quality.steps_to(found, 3.0) == f"{file} holds no validation"
+    values = {20: 4.0, 30: None, 40: 2.9, 50: 3.1, 60: 2.0}  # None: not finite
+    records += [{"step": n, quality.BITS: bits} for n, bits in values.items()]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [quality.steps_to(found, bits) for bits in (4.0, 3.0, 2.0, 1.0)] == [20, 40, 60, None]
+
+
 def test_a_model_is_like_itself_and_less_like_another(trained):
     workdir, experiment, _ = trained
     subject = Subject("x", experiment)

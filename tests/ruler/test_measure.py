@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jsonschema
@@ -10,6 +11,7 @@ from flax import nnx
 
 from configs.schema import Data, Experiment, Mesh
 from models import catalogue, lm
+from resources import table
 from resources.report import RESOURCES, Column, Row, not_available
 from ruler import curves, front, groups, measure, rows
 from ruler.subject import Subject
@@ -20,6 +22,7 @@ OPTIONS = {
     "curves": "",
     "seconds": 0.05,
     "peak_seconds": 0.0,
+    "loss": 0.0,
     "watts": 65.0,
     "price": 0.5,
     "pue": 0.0,
@@ -103,7 +106,38 @@ def test_curves_exponents_and_crossovers():
     assert found.columns[1].curves[-1].rows[0] == found.columns[1].curves[-1].rows[-1]
     exponent = found.columns[0].row("train memory, exponent over length")
     assert exponent is not None and exponent.value and 0 < exponent.value < 2
-    assert {c.kind for c in found.crossovers} == {"train", "prefill", "decode"}
+    assert {c.kind for c in found.crossovers} == {"train", "prefill", "decode", "train memory"}
+
+
+def test_a_planted_crossover_is_found_and_says_why():
+    """b's times are made linear in the length where a's are quadratic: they meet at 128."""
+    model = lm.Config(width=32, depth=2, dtype="float32")
+    deeper = dataclasses.replace(model, depth=4)
+    data = Data(length=32, batch=2)
+    one = jax.devices()[:1]
+    pair = [
+        Subject(name, Experiment(model, data=data), devices=one)
+        for name, model in (("a", model), ("b", deeper))
+    ]
+    swept = curves.Swept(pair, "length", [64, 160, 256], 0.05)
+    assert {c.verdict for c in swept.crossovers() if c.kind == "train memory"} == {
+        "a is better everywhere: b never within the range"
+    }
+    for size, row in zip(swept.sizes, swept.timed["train"], strict=True):
+        noise = [1.001**i for i in range(-6, 7)]
+        for i, power in enumerate((2, 1)):
+            seconds = tuple(size**power * 128 ** (2 - power) * e ** (1 - 2 * i) for e in noise)
+            row[i] = row[i]._replace(timing=dataclasses.replace(row[i].timing, seconds=seconds))
+    found = {c.kind: c for c in swept.crossovers()}["train"]
+    assert found.at == pytest.approx(128, rel=0.01) and found.interval[0] < 128 < found.interval[1]
+    number = r"(\d+\.\d\d) x"
+    said = re.fullmatch(
+        f"at length 160 b executes {number} the FLOPs of a and moves {number} its bytes; "
+        r"(both are bound by (compute|memory)|it is bound by \w+, a by (compute|memory))",
+        found.why,
+    )
+    assert said and 1.3 < float(said[1]) < 2 and 1.3 < float(said[2]) < 2  # of twice the depth
+    assert found.why in table.told(found)
 
 
 @pytest.mark.parametrize(
