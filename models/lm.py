@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.cross_entropy import cross_entropy
-from models import layers, mixer, multi_token, reports
+from models import cache, layers, mixer, multi_token, reports
 from models.attention import softmax
 from models.block import residual
 from models.channel import glu
@@ -33,6 +33,7 @@ class Config:
     channel: Any = dataclasses.field(default_factory=glu.Config)  # follows each bare mixer
     head: Literal["tied", "untied"] = "tied"
     embed_scale: float = 1.0  # multiplies the embedding (Gemma: sqrt(width))
+    positions: Literal["none", "sinusoidal"] = "none"  # added to the embedding (arXiv 1706.03762)
     softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: off
     objective: Literal["next", "masked"] = "next"  # masked: an encoder that fills in 15 % (BERT)
     predict: int = 1  # tokens ahead that training predicts; above 1 by extra modules (MTP)
@@ -88,9 +89,12 @@ class LM(nnx.Module):
         parts = config.blocks()
         periods = config.depth // len(parts) if config.layers == "scanned" else 0
         rest = config.depth - periods * len(parts)
-        table = layers.normal(0.02 if config.head == "tied" else 1.0)
+        table_std = 0.02 if config.head == "tied" else 1.0
         shape = (config.vocabulary, config.width)
-        self.embed = layers.weight(rngs, table, shape, ("vocab", "embed"))
+        self.embed = layers.weight(rngs, layers.normal(table_std), shape, ("vocab", "embed"))
+        # The waves have a mean square of 1/2; they start as large as the embedding.
+        init, waves = layers.constant(2**0.5 * table_std), config.positions != "none"
+        self.waves: Any = layers.weight(rngs, init, shape[1:], ("embed",)) if waves else None
         self.stacks = nnx.List([])
         if periods:
             self.stacks = nnx.List([_stack(part, config.width, periods, rngs) for part in parts])
@@ -197,8 +201,10 @@ class LM(nnx.Module):
             state = one.init_state(batch, capacity, dtype)
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (periods, *s.shape)), state)
 
-        return {
-            "segment": jnp.zeros(batch, jnp.int32),
+        none = jnp.zeros(batch, jnp.int32)
+        place = {} if self.waves is None else {"place": none}
+        return place | {
+            "segment": none,
             "stacks": tuple(stacked(stack) for stack in self.stacks),
             "rest": tuple(part.init_state(batch, capacity, dtype) for part in self.rest),
         }
@@ -249,7 +255,7 @@ class LM(nnx.Module):
 
     def _blocks(self, tokens, segments, state, hidden=None):
         """Embed the tokens and run all blocks: (stream, states, reports); state None keeps none."""
-        x = self.embedded(tokens, hidden)
+        x, place = self._placed(self.embedded(tokens, hidden), segments, state)
         keep = state is not None
 
         def apply(graph, params, x, old):
@@ -284,7 +290,18 @@ class LM(nnx.Module):
                 x, after, said = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
             rest.append(after)
             found.append(said)
-        return x, {"stacks": stacks, "rest": tuple(rest)}, reports.over_layers(found)
+        return x, place | {"stacks": stacks, "rest": tuple(rest)}, reports.over_layers(found)
+
+    @jax.named_scope("positions")
+    def _placed(self, x, segments, state):
+        """x + waves of each token's position in its document, and the state of the positions."""
+        if self.waves is None:
+            return x, {}
+        batch, count, width = x.shape
+        before_B = jnp.zeros(batch, jnp.int32) if state is None else state["place"]
+        place_BT, after_B = cache.document_positions(before_B, segments, count)
+        waves_BTD = self.waves[...] * layers.sinusoids(place_BT, width)
+        return x + (self.embed_scale * waves_BTD).astype(x.dtype), {"place": after_B}
 
 
 def _resume(state, segments):
@@ -292,10 +309,15 @@ def _resume(state, segments):
     first, _ = mixer.first_and_last(segments)
     keep = (state["segment"] == 0) | (first == 0) | (first == state["segment"])
     stacked = jax.vmap(mixer.keep_rows, (None, 0))
-    return state | {
-        "stacks": stacked(keep, state["stacks"]),
-        "rest": mixer.keep_rows(keep, state["rest"]),
-    }
+    place = {"place": jnp.where(keep, state["place"], 0)} if "place" in state else {}
+    return (
+        state
+        | place
+        | {
+            "stacks": stacked(keep, state["stacks"]),
+            "rest": mixer.keep_rows(keep, state["rest"]),
+        }
+    )
 
 
 def _stack(part: Any, width: int, periods: int, rngs: nnx.Rngs) -> mixer.Mixer:

@@ -47,7 +47,8 @@ def model_of(config) -> lm.Config:
     except ValueError as error:
         if "bidirectional" not in str(error):
             raise
-        model = dataclasses.replace(model, objective="masked")
+        # As in their papers, encoders get positions: most of their mixers are blind to order.
+        model = dataclasses.replace(model, objective="masked", positions="sinusoidal")
         counts = {depth: _size(dataclasses.replace(model, depth=depth)) for depth in (1, 2)}
     layer = counts[2] - counts[1]
     depth = max(1, round((SIZE - counts[1]) / layer) + 1)

@@ -143,12 +143,7 @@ def _place_carry(carry, mesh):
             sharding.shard_states(mesh, tree, axis),
         )
 
-    rows, stacked = place(0), place(1)
-    return {
-        "segment": rows(carry["segment"]),
-        "stacks": stacked(carry["stacks"]),
-        "rest": rows(carry["rest"]),
-    }
+    return {name: place(int(name == "stacks"))(tree) for name, tree in carry.items()}
 
 
 def _keys(path) -> tuple:

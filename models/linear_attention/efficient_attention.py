@@ -1,12 +1,11 @@
 """Efficient attention: queries softmaxed over features and keys over positions, then two products.
 
 Efficient Attention (arXiv 1812.01243, section 3.2, softmax normalisation). Notable: the paper's
-form is bidirectional (`causal=False`): a key feature's softmax runs over the whole document. It is
-blind to order, of which the convolutions around it know in the paper; here a short one (`conv`)
-stands before its maps. The causal form is an adaptation: at token t that softmax runs over the
-document's tokens up to t. It keeps m_t = max(m_{t-1}, k_t) a feature, and sums as multiples of
-exp(m_t), which decay by exp(m_{t-1} - m_t) when the maximum moves: a vector gate that is never
-positive. Weights start at variance 1 / fan-in.
+form is bidirectional (`causal=False`): a key feature's softmax runs over the whole document. The
+causal form is an adaptation: at token t that softmax runs over the document's tokens up to t. It
+keeps m_t = max(m_{t-1}, k_t) a feature, and sums as multiples of exp(m_t), which decay by
+exp(m_{t-1} - m_t) when the maximum moves: a vector gate that is never positive. Weights start at
+variance 1 / fan-in.
 """
 
 import dataclasses
@@ -35,7 +34,6 @@ class Config:
     key_dim: int = 0  # per head; 0: width / heads
     value_dim: int = 0  # per head; 0: width / heads
     causal: bool = True
-    conv: int = 4  # tokens that the encoder's convolution sees; 0: none, and order is unknown
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError where heads does not divide the width."""
@@ -95,16 +93,9 @@ class Encoder(Mixer):
 
     causal = False
 
-    def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
-        super().__init__(config, width, rngs)
-        conv = lambda: layers.ShortConv((width,), ("embed",), rngs, width=config.conv)
-        self.conv = conv() if config.conv else None
-
     def __call__(self, x, *, segments=None, state=None):
         if state is not None:
             raise ValueError(NO_STATE)
-        if self.conv is not None:
-            x, _ = self.conv(x, segments=segments)
         q_BTHK, k_BTHK, v_BTHV = self._maps(x)
         behind = None if segments is None else segments[:, ::-1]
         top_BTHK, _, _ = features.running_max(k_BTHK, segments)

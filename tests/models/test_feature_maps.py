@@ -86,7 +86,7 @@ def test_efficient_attention_softmaxes_keys_over_the_document():
         context = np.einsum("shk,shv->hkv", softmax(k, 0), v)
         return np.einsum("thk,hkv->thv", softmax(q, -1), context)
 
-    check(efficient_attention.Config(heads=3, causal=False, conv=0), heads)
+    check(efficient_attention.Config(heads=3, causal=False), heads)
 
 
 @pytest.mark.parametrize("size", [1.0, 50.0])

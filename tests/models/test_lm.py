@@ -12,6 +12,7 @@ from models import lm, reports
 from models.attention import bidirectional
 from models.block import residual
 from models.channel import dropless, glu
+from models.linear_attention import efficient_attention
 from models.recurrent import rg_lru
 from tests.tolerance import assert_close
 
@@ -82,6 +83,36 @@ def test_an_encoder_has_no_state():
     config = dataclasses.replace(SMALL, pattern=(bidirectional.Config(),), objective="masked")
     with pytest.raises(ValueError, match="bidirectional"):
         config.build(nnx.Rngs(0)).init_state(1, 8)
+
+
+def test_positions_count_in_each_document_and_go_on_from_a_state():
+    model = dataclasses.replace(SMALL, positions="sinusoidal").build(nnx.Rngs(0))
+    inputs, _, _ = batch()
+    packed, _ = model(inputs, segments=IDS)
+    for start, end in ((0, 10), (10, 16)):
+        alone, _ = model(inputs[:1, start:end])
+        assert_close(packed[:1, start:end], alone, np.float32, "alone")
+    state, parts = model.init_state(2, 16), []
+    for start, end in ((0, 3), (3, 11), (11, 16)):  # the first row's documents meet within one
+        x, state = model(inputs[:, start:end], segments=IDS[:, start:end], state=state)
+        parts.append(x)
+    assert_close(jnp.concatenate(parts, axis=1), packed, np.float32, "in parts")
+    assert state["place"].tolist() == [6, 16]
+    x, _ = model(inputs[:, :1], segments=jnp.full((2, 1), 9), state=state)  # another document
+    assert_close(x, model(inputs[:, :1])[0], np.float32, "fresh")
+
+
+def test_an_encoder_that_is_blind_to_order_learns_it_from_positions():
+    """Two hidden tokens of one text differ by nothing but their places."""
+    blind = efficient_attention.Config(causal=False)
+    config = dataclasses.replace(SMALL, pattern=(blind,), objective="masked")
+    hidden = jnp.asarray([[True, False, True, False]])
+    apart = {}
+    for positions in ("none", "sinusoidal"):
+        model = dataclasses.replace(config, positions=positions).build(nnx.Rngs(0))
+        x, _, _ = model._blocks(jnp.asarray([[1, 2, 3, 4]]), None, None, hidden)
+        apart[positions] = float(jnp.abs(x[0, 0] - x[0, 2]).max())
+    assert apart["none"] < 1e-6 and apart["sinusoidal"] > 1e-3
 
 
 def test_tokens_further_ahead_count_within_their_document():
