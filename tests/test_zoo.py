@@ -82,11 +82,10 @@ def test_it_learns(name, tmp_path, record_property):
     record_property("cells", [*numbers, model.objective])
 
 
-def test_the_page_has_variants_below_their_bounds():
+def test_the_page_has_every_variant_below_its_bound():
     head, *rows = pages.read("zoo")
-    found = [name for name, *_ in rows]
-    assert head == COLUMNS and len(found) > 100
-    assert found == [name for name in catalogue.cases() if name in found]
+    assert head == COLUMNS
+    assert [name for name, *_ in rows] == list(catalogue.cases())
     for name, _, _, bits, bound, objective in rows:
         assert float(bits) < float(bound) == bound_of(name, objective), name
 
