@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from models import lm
+from models import lm, stacks
 
 
 def generate(
@@ -26,7 +26,7 @@ def generate(
         raise ValueError("the prompt is empty; give at least one token.")
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative. Use 0 (greedy) or more.")
-    flat = lm.unrolled(model)
+    flat = stacks.unrolled(model)
     graph, weights = nnx.split(flat)
     return _generate(graph, nnx.to_pure_dict(weights), prompt, key, tokens, temperature)
 

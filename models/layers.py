@@ -261,18 +261,6 @@ def turned(
     return jnp.concatenate([*(p.astype(x.dtype) for p in pairs), x[..., 2 * half :]], axis=-1)
 
 
-def sinusoids(
-    positions: Int[Array, "B T"], width: int, base: float = 10_000.0
-) -> Float[Array, "B T D"]:
-    """sin(positions * base^(-2i/D)) in the first half, their cosines after (arXiv 1706.03762, 3.5).
-
-    In float32. The paper has sines and cosines in turn; with a weight a channel that is the same.
-    """
-    half = -(-width // 2)
-    angle = positions[..., None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]
-
-
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` nearest to `wanted`."""
     divisors = (d for d in range(1, number + 1) if number % d == 0)

@@ -6,7 +6,6 @@ one by one.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.cross_entropy import cross_entropy
-from models import cache, layers, mixer, multi_token, reports
+from models import layers, mixer, multi_token, positions, reports, stacks
 from models.attention import softmax
 from models.block import residual
 from models.channel import glu
@@ -92,12 +91,11 @@ class LM(nnx.Module):
         table_std = 0.02 if config.head == "tied" else 1.0
         shape = (config.vocabulary, config.width)
         self.embed = layers.weight(rngs, layers.normal(table_std), shape, ("vocab", "embed"))
-        # The waves have a mean square of 1/2; they start as large as the embedding.
-        init, waves = layers.constant(2**0.5 * table_std), config.positions != "none"
-        self.waves: Any = layers.weight(rngs, init, shape[1:], ("embed",)) if waves else None
+        self.positions = positions.build(config.positions, config.width, rngs, table_std)
         self.stacks = nnx.List([])
         if periods:
-            self.stacks = nnx.List([_stack(part, config.width, periods, rngs) for part in parts])
+            stack = lambda part: stacks.stack(part, config.width, periods, rngs)
+            self.stacks = nnx.List([stack(part) for part in parts])
         self.rest = nnx.List([parts[i % len(parts)].build(config.width, rngs) for i in range(rest)])
         self.norm = layers.RMSNorm(config.width, rngs, config.norm_eps)
         self.head = None
@@ -202,7 +200,7 @@ class LM(nnx.Module):
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (periods, *s.shape)), state)
 
         none = jnp.zeros(batch, jnp.int32)
-        place = {} if self.waves is None else {"place": none}
+        place = {} if self.positions is None else {"place": none}
         return place | {
             "segment": none,
             "stacks": tuple(stacked(stack) for stack in self.stacks),
@@ -211,7 +209,7 @@ class LM(nnx.Module):
 
     def _enter(self, state, segments):
         """The state that the rows go on from."""
-        return state if segments is None else _resume(state, segments)
+        return state if segments is None else stacks.resumed(state, segments)
 
     def _number(self, before, segments):
         """The number of the document that each row ends in."""
@@ -255,7 +253,10 @@ class LM(nnx.Module):
 
     def _blocks(self, tokens, segments, state, hidden=None):
         """Embed the tokens and run all blocks: (stream, states, reports); state None keeps none."""
-        x, place = self._placed(self.embedded(tokens, hidden), segments, state)
+        x, place = self.embedded(tokens, hidden), {}
+        if self.positions is not None:
+            waves, after = self.positions(tokens, segments, state and state["place"])
+            x, place = x + (self.embed_scale * waves).astype(x.dtype), {"place": after}
         keep = state is not None
 
         def apply(graph, params, x, old):
@@ -291,72 +292,3 @@ class LM(nnx.Module):
             rest.append(after)
             found.append(said)
         return x, place | {"stacks": stacks, "rest": tuple(rest)}, reports.over_layers(found)
-
-    @jax.named_scope("positions")
-    def _placed(self, x, segments, state):
-        """x + waves of each token's position in its document, and the state of the positions."""
-        if self.waves is None:
-            return x, {}
-        batch, count, width = x.shape
-        before_B = jnp.zeros(batch, jnp.int32) if state is None else state["place"]
-        place_BT, after_B = cache.document_positions(before_B, segments, count)
-        waves_BTD = self.waves[...] * layers.sinusoids(place_BT, width)
-        return x + (self.embed_scale * waves_BTD).astype(x.dtype), {"place": after_B}
-
-
-def _resume(state, segments):
-    """`state` with those rows made fresh whose first document is not the one it left off in."""
-    first, _ = mixer.first_and_last(segments)
-    keep = (state["segment"] == 0) | (first == 0) | (first == state["segment"])
-    stacked = jax.vmap(mixer.keep_rows, (None, 0))
-    place = {"place": jnp.where(keep, state["place"], 0)} if "place" in state else {}
-    return (
-        state
-        | place
-        | {
-            "stacks": stacked(keep, state["stacks"]),
-            "rest": mixer.keep_rows(keep, state["rest"]),
-        }
-    )
-
-
-def _stack(part: Any, width: int, periods: int, rngs: nnx.Rngs) -> mixer.Mixer:
-    """`periods` independent blocks in one module, each weight with a leading "layers" dimension."""
-    graph = nnx.split(nnx.eval_shape(lambda: part.build(width, nnx.Rngs(0))))[0]
-
-    def one(key):
-        return nnx.to_pure_dict(nnx.split(part.build(width, nnx.Rngs(key)))[1])
-
-    return nnx.merge(graph, jax.vmap(one)(jax.random.split(rngs.params(), periods)))
-
-
-def unrolled(model: LM) -> LM:
-    """The same model with its layers apart: decoding then copies no weights out of the stacks."""
-    splits = [nnx.split(stack) for stack in model.stacks]
-    periods = len(jax.tree.leaves(splits[0][1])[0]) if splits else 0
-
-    def layer(graph, stack, i):
-        return nnx.merge(graph, jax.tree.map(lambda w: w[i], stack))
-
-    apart = [layer(*split, i) for i in range(periods) for split in splits]
-    flat = nnx.clone(model)
-    flat.stacks, flat.rest = nnx.List([]), nnx.List(apart + list(flat.rest))
-    return flat
-
-
-def weight_dims(model: nnx.Module) -> dict:
-    """Names of the dimensions of every weight, as the nested dict that `nnx.to_pure_dict` gives."""
-
-    def dims(param):
-        lead = len(param.shape) - len(param.get_metadata()["dims"])
-        return ("layers",) * lead + param.get_metadata()["dims"]
-
-    state = nnx.split(model)[1]
-    named = jax.tree.map(dims, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return nnx.to_pure_dict(named)
-
-
-def active_parameters(model: nnx.Module) -> int:
-    """Weights that work on one token: all but the experts that a token does not have."""
-    weights = jax.tree.leaves(nnx.split(model)[1], is_leaf=lambda w: isinstance(w, nnx.Variable))
-    return round(sum(math.prod(w.shape) * w.get_metadata()["share"] for w in weights))

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from models import lm
+from models import named_weights
 from resources import compute, devices, gap, network, trace
 from resources import memory as bytes_of
 from resources.report import Hot, Row, not_available
@@ -26,13 +26,13 @@ _NO_MORE = "--html= --markdown= --csv= --curves= --profile=0 --pareto=".split()
 def parameters(subject: Subject) -> list[Row]:
     """How many weights there are, outside of the vocabulary, and at work on each token."""
     sizes = _sizes(subject)
-    dims = lm.weight_dims(subject.abstract)
+    dims = named_weights.dims(subject.abstract)
     words = jax.tree.map(lambda n, names: n * ("vocab" in names), sizes, dims)
     total = sum(jax.tree.leaves(sizes))
     return [
         Row("parameters, total", total, "", "compiled"),
         Row("parameters, non-embedding", total - sum(jax.tree.leaves(words)), "", "compiled"),
-        Row("parameters, active", lm.active_parameters(subject.abstract), "", "compiled"),
+        Row("parameters, active", named_weights.active(subject.abstract), "", "compiled"),
     ]
 
 

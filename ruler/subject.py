@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from configs import schema
-from models import lm
+from models import lm, stacks
 from parallel import sharding
 from parallel.mesh import make_mesh
 from resources import throughput
@@ -116,7 +116,7 @@ class Subject:
     def writer(self) -> Writer:
         """Greedy generation with the layers apart, as inference/generate.py runs it."""
         length = self.experiment.data.length
-        model = lm.unrolled(nnx.merge(self.trainer.graph, self.state().params))
+        model = stacks.unrolled(nnx.merge(self.trainer.graph, self.state().params))
         graph, weights = nnx.split(model)
         weights = nnx.to_pure_dict(weights)
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import schema
 from kernels import dispatch
-from models import lm, mixer
+from models import mixer, named_weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from tests.tolerance import assert_close, rms
@@ -292,7 +292,7 @@ def reference(config) -> None:
 def names(config) -> None:
     """Every weight names every dimension, with names that the sharding table knows."""
     dims = jax.tree.leaves(
-        lm.weight_dims(nnx.merge(*build(config))), is_leaf=lambda node: isinstance(node, tuple)
+        named_weights.dims(nnx.merge(*build(config))), is_leaf=lambda node: isinstance(node, tuple)
     )
     for name in dims:
         sharding.weight_spec(name)
@@ -306,7 +306,7 @@ def sharded(config) -> None:
     state = fresh(graph, params, x)
     (_, want), grads = _packed(graph, params, x, ids, weights, state)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    dims = lm.weight_dims(nnx.merge(graph, params))
+    dims = named_weights.dims(nnx.merge(graph, params))
     place = lambda p, d: jax.device_put(p, sharding.weight_sharding(mesh, "weight", p.shape, d))
     with sharding.on(mesh):
         rows = NamedSharding(mesh, P(("data", "fsdp")))

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import configs.lm
 from kernels import aot, evidence
-from models import catalogue, lm
+from models import catalogue, named_weights
 from parallel import sharding
 from parallel.mesh import AXES
 from training.step import make_trainer
@@ -83,7 +83,7 @@ def mesh_of(devices):
 def compile_gradients(config, mesh):
     """Both passes of one mixer on packed bfloat16 rows, weights and rows split over the mesh."""
     graph, weights = nnx.split(nnx.eval_shape(lambda: config.build(256, nnx.Rngs(0))))
-    dims = lm.weight_dims(nnx.merge(graph, weights))
+    dims = named_weights.dims(nnx.merge(graph, weights))
 
     def place(leaf, names):
         where = sharding.weight_sharding(mesh, "weight", leaf.shape, names)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WHOLE = ("models.lm", "models.stacks", "models.named_weights")  # models, whatever is in them
 ROOMS = {  # a room: which of our modules it may import beside its own
     "configs": ("models",),
     "models": ("kernels", "parallel.sharding", "parallel.context"),
@@ -13,9 +14,9 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     "parallel": ("kernels",),
     "data": ("configs.schema",),
     "inference": ("models", "kernels", "parallel", "configs.schema", "data"),
-    "training": ("configs.schema", "models.lm", "parallel", "data", "inference"),
+    "training": ("configs.schema", *WHOLE, "parallel", "data", "inference"),
     "resources": ("configs.schema", "parallel", "kernels"),
-    "ruler": ("configs.schema", "models.lm", "parallel", "training", "resources"),
+    "ruler": ("configs.schema", *WHOLE, "parallel", "training", "resources"),
 }
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of models

@@ -14,7 +14,7 @@ from flax import nnx
 
 from configs import schema
 from data.pipeline import Split, open_split
-from models import lm
+from models import lm, named_weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from training import guards, plot
@@ -70,7 +70,7 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     experiment, params = plan.experiment, plan.trainer.abstract.params
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     outer = params["embed"].size + (params["head"].size if "head" in params else 0)
-    active = lm.active_parameters(nnx.merge(plan.trainer.graph, params))
+    active = named_weights.active(nnx.merge(plan.trainer.graph, params))
     device = jax.devices()[0]
     tokens = experiment.data.batch * experiment.data.length
     rows = {

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import Data, Experiment
-from models import lm
+from models import named_weights
 from parallel import sharding
 from training.optimizer import make_optimizer, schedule
 
@@ -51,7 +51,7 @@ def make_trainer(
 
     model = nnx.eval_shape(build)
     graph = nnx.split(model)[0]
-    dims = lm.weight_dims(model)
+    dims = named_weights.dims(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps, dims)
     data = experiment.data
 

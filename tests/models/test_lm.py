@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import lm, reports
+from models import lm, reports, stacks
 from models.attention import bidirectional
 from models.block import residual
 from models.channel import dropless, glu
@@ -40,7 +40,7 @@ def test_reports_sum_losses_and_average_measures_over_layers(layers):
     model = config.build(nnx.Rngs(0))
     _, said, _ = model.training_loss(*batch(), segments=IDS)
     with reports.collecting() as found:
-        flat = lm.unrolled(model)
+        flat = stacks.unrolled(model)
         x = flat.embedded(batch()[0])
         for block in flat.rest:
             x, _ = block(x, segments=IDS)
