@@ -25,16 +25,19 @@ STEPS, LENGTH, WIDTH, SIZE = 200, 128, 128, 1_000_000
 BATCH = {"next": 8, "masked": 32}
 # Validation bits per byte after 200 steps that a family must stay below. Knowing only how often
 # each byte occurs costs 4.8 bits; knowing the byte before, 3.6. Recurrences that decay look at it
-# from the start; attention, long filters and states that never forget must first learn to.
-NEAR, ANYWHERE, MASKED = 3.6, 4.4, 4.6
-DECAYING = ("state_space", "recurrent")
+# from the start; attention, long filters and states that never forget must first learn to. Mixing
+# of low rank or by weights of places learns slowest: by then, little more than a text's own bytes.
+DECAYING, ANYWHERE, MASKED, LOW_RANK = 3.6, 4.4, 4.6, 4.7
 
 
 def bound_of(name: str, objective: str) -> float:
     """Bits per byte that a variant must stay below."""
+    family = name.partition(".")[0]
+    if family == "low_rank":
+        return LOW_RANK
     if objective == "masked":
         return MASKED
-    return NEAR if name.partition(".")[0] in DECAYING else ANYWHERE
+    return DECAYING if family in ("state_space", "recurrent") else ANYWHERE
 
 
 def model_of(config) -> lm.Config:
@@ -61,7 +64,7 @@ def _size(model: lm.Config) -> int:
 
 
 @pytest.mark.zoo
-@pytest.mark.timeout(1800)  # long filters are slow on a CPU
+@pytest.mark.timeout(3600)  # long filters are slow on a CPU
 @pytest.mark.parametrize("name", catalogue.cases())
 def test_it_learns(name, tmp_path, record_property):
     model = model_of(catalogue.cases()[name])
