@@ -6,7 +6,7 @@ from string import Template
 
 from resources import figures
 from resources.picture import Picture
-from resources.report import RESOURCES, Column, Report, Row
+from resources.report import RESOURCES, Column, Report, Row, row_names
 from resources.table import LEGEND, LETTERS, cell, human, origin, told
 
 # The policy forbids requests and scripts, whatever a config's name or a note might smuggle in.
@@ -139,9 +139,7 @@ def _table(report: Report) -> str:
 
 def _body(resource: str, columns: Sequence[Column], notes: dict[str, int]) -> str:
     """One resource's lines; empty where no config has any."""
-    names = dict.fromkeys(
-        row.name for column in columns for row in column.resources.get(resource, ())
-    )
+    names = row_names(columns, resource)
     if not names:
         return ""
     head = f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(resource)}</th></tr>'

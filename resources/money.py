@@ -71,6 +71,6 @@ def run_rows(
     else:
         note = f"{train.name} x {reached} steps of {tokens} tokens"
         found.append(Row(to_loss, step * reached, "$", "modelled", note))
-    note = f"the run's cost / {parameters} parameters (arXiv 2401.00625)"
+    note = "the run's cost / all parameters (arXiv 2401.00625)"
     found.append(Row(names[2][0], step * steps / parameters, "$/parameter", "modelled", note))
     return found

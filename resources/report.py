@@ -95,6 +95,18 @@ class Column:
         return next((row for row in self.rows if row.name == name), None)
 
 
+def row_names(columns: Sequence[Column], resource: str) -> list[str]:
+    """Names of all rows of a resource: one that the first config lacks follows its neighbour."""
+    names: list[str] = []
+    for column in columns:
+        at = 0
+        for row in column.resources.get(resource, ()):
+            if row.name not in names:
+                names.insert(at, row.name)
+            at = names.index(row.name) + 1
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class Contest:
     """One kind of call of two configs that were timed in turn."""

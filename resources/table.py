@@ -10,7 +10,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from resources.report import Column, Contest, Crossover, Report, Row
+from resources.report import Column, Contest, Crossover, Report, Row, row_names
 
 LETTERS = {"measured": "m", "compiled": "c", "modelled": "f", "assumed": "a"}
 LEGEND = (
@@ -138,7 +138,7 @@ def _lines(report: Report, notes: dict[str, int]) -> Iterator[tuple[str, list[li
     columns = report.columns
     for resource in dict.fromkeys(name for column in columns for name in column.resources):
         rows = [{r.name: r for r in column.resources.get(resource, ())} for column in columns]
-        names = dict.fromkeys(name for found in rows for name in found)
+        names = row_names(columns, resource)
         yield resource, [[n, *(_noted(found.get(n), notes) for found in rows)] for n in names]
 
 

@@ -57,6 +57,15 @@ def test_a_number_without_provenance_and_a_gap_without_reason_are_refused(row, m
         Row(*row)
 
 
+def test_a_row_that_the_first_config_lacks_follows_its_neighbour():
+    def column(*names):
+        return Column("x", "", {"compute": [Row(name, 1, "", "compiled") for name in names]})
+
+    columns = [column("a", "b", "d"), column("a", "c", "d"), column("e"), column("b", "f")]
+    assert report.row_names(columns, "compute") == ["e", "a", "c", "b", "f", "d"]
+    assert report.row_names(columns, "memory") == []
+
+
 def test_a_column_refuses_unknown_resources_and_two_rows_of_one_name():
     with pytest.raises(ValueError, match="no resource 'speed'; use compute, memory"):
         Column("a", "", {"speed": []})
