@@ -97,11 +97,12 @@ HEAD = f"""# Every variant trains
 
 Written by `pytest -m zoo -n 2 --page=zoo`: {STEPS} steps of {BATCH["next"]} x {LENGTH} bytes of
 Python's own source at width {WIDTH}, one learning rate for all. A token mixer stands before a gated
-linear unit, a channel mixer after attention with a window of 64; encoders (masked) fill in 15 % of
-the bytes of {BATCH["masked"]} rows a step. "bits" are validation bits per byte, which must be
-finite and below the bound of the family, or of encoders: knowing only how often each byte occurs
-costs 4.8 bits, knowing the byte before 3.6. Two hundred steps show that a variant learns, not which
-one is best.
+linear unit, a channel mixer after attention with a window of 64; encoders (masked) have positions
+added to their embeddings and fill in 15 % of the bytes of {BATCH["masked"]} rows a step. "bits" are
+validation bits per byte, which must be finite and below the bound of the family, or of encoders:
+knowing only how often each byte occurs costs 4.8 bits, knowing the byte before 3.6. Two hundred
+steps show that a variant learns, not which one is best; of mixing by low rank or by weights of
+places they show little.
 
 """
 COLUMNS = ["variant", "M parameters", "layers", "bits", "bound", "objective"]
