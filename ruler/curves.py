@@ -34,11 +34,7 @@ def parse(text: str) -> list[tuple[str, list[int]]]:
 
 def state(subject: Subject) -> Curve:
     """Bytes that decoding carries for one sequence, over the tokens that it has read."""
-    if subject.causal:
-        sizes = (rows.state_bytes(subject, tokens) for tokens in CONTEXT)
-        found = [Row("state", size, "B", "compiled") for size in sizes]
-    else:
-        found = [not_available("state", "B", rows.NO_STATE)] * len(CONTEXT)
+    found = [rows.state("state", subject, tokens) for tokens in CONTEXT]
     return Curve("state", "context", CONTEXT, found)
 
 

@@ -99,15 +99,21 @@ def state_bytes(subject: Subject, tokens: int) -> int:
     return bytes_of.tree_bytes(build)
 
 
+def state(name: str, subject: Subject, tokens: int) -> Row:
+    """`state_bytes` as a row; some models are built for a longest document."""
+    if not subject.causal:
+        return not_available(name, "B", NO_STATE)
+    try:
+        return Row(name, state_bytes(subject, tokens), "B", "compiled")
+    except ValueError as error:
+        return not_available(name, "B", str(error))
+
+
 def memory(subject: Subject) -> list[Row]:
     """What the compiler planned for the training step, a sequence's state, the weights' file."""
     rows = bytes_of.rows("train", subject.train.program)
     for label, tokens in CONTEXTS.items():
-        name = f"state at {label} tokens"
-        if subject.causal:
-            rows.append(Row(name, state_bytes(subject, tokens), "B", "compiled"))
-        else:
-            rows.append(not_available(name, "B", NO_STATE))
+        rows.append(state(f"state at {label} tokens", subject, tokens))
     size = weight_bytes(subject)
     return [*rows, Row("weights on disk", size, "B", "modelled", "as trained, not compressed")]
 

@@ -70,6 +70,8 @@ def all_of(config) -> None:
         wanted = names + ((WRITERS[resource],) if subject.causal and resource in WRITERS else ())
         rows = {row.name: row for row in column.resources[resource]}
         missing = [name for name in wanted if name not in rows or rows[name].provenance is None]
+        # The causal synthesizer has scores for 512 tokens, and its state no room for more.
+        missing = [name for name in missing if "positions that have scores" not in rows[name].note]
         assert not missing, (resource, missing)
     assert len(column.profile) == 3 and all(hot.seconds > 0 for hot in column.profile)
     jax.clear_caches()
