@@ -234,7 +234,7 @@ def _backward(plan, residuals, d_out):
     to the last bit, the gradient of the scores is set to zero: it is the difference of two equal
     sums that were rounded apart.
     """
-    q, k, v, _, sums, docs, out, lse_NBGC1, sure_NBGC1 = residuals
+    q, k, v, sinks, sums, docs, out, lse_NBGC1, sure_NBGC1 = residuals
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     delta = jnp.sum(d_out.astype(out.dtype) * out, axis=-1, keepdims=True)
     q_NBGCK, d_NBGCV = (_blocks(x, plan.rows, groups) for x in (q, d_out))
@@ -256,49 +256,51 @@ def _backward(plan, residuals, d_out):
         p_BGSC = jnp.exp(s_BGSC)
         dp_BGSC = _dot("bgsv,bgcv->bgsc", _at(v_NBGSV, j), d_BGCV)
         ds_BGSC = p_BGSC * (dp_BGSC - _at(delta_NBG1C, i)) * _at(mixed_NBG1C, i)
-        at_query, at_key = (), ()
+        at_query, at_key = {}, {}
+        if sinks is not None:
+            at_query["delta"] = jnp.sum(p_BGSC * dp_BGSC, axis=2)
         if sums is not None:
             ds_BGSRC = rearrange(ds_BGSC, "b g s (r c) -> b g s r c", r=repeats)
-            at_query, at_key = (jnp.sum(ds_BGSRC, axis=2),), (-jnp.sum(ds_BGSRC, axis=4),)
+            at_query["sums"], at_key["sums"] = jnp.sum(ds_BGSRC, axis=2), -jnp.sum(ds_BGSRC, axis=4)
         if plan.softcap:
             ds_BGSC *= scores.slope(plan.scale * a_BGSC, plan.softcap)
         ds_BGSC = ds_BGSC.astype(q.dtype)
-        dq_BGKC = _dot("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
-        dk_BGSK = _dot("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
-        dv_BGSV = _dot("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV)
-        new = (
-            _add(carry[0], (dq_BGKC, *at_query), i),
-            _add(carry[1], (dk_BGSK, dv_BGSV, *at_key), j),
-        )
-        return new, None
+        at_query["q"] = _dot("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
+        at_key["k"] = _dot("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
+        at_key["v"] = _dot("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV)
+        return (_add(carry[0], at_query, i), _add(carry[1], at_key, j)), None
 
     zeros = functools.partial(jnp.zeros, dtype=_wide(q))
-    at_queries, at_keys = (), ()
+    at_queries = {"q": zeros(q_NBGCK.swapaxes(-1, -2).shape)}
+    at_keys = {"k": zeros(k_NBGSK.shape), "v": zeros(v_NBGSV.shape)}
+    if sinks is not None:
+        at_queries["delta"] = zeros(q_NBGCK.shape[:-1])
     if sums is not None:
-        at_queries = (zeros((*q_NBGCK.shape[:3], repeats, plan.rows)),)
-        at_keys = (zeros((*k_NBGSK.shape[:4], repeats)),)
-    carry = (
-        (zeros(q_NBGCK.swapaxes(-1, -2).shape), *at_queries),
-        (zeros(k_NBGSK.shape), zeros(v_NBGSV.shape), *at_keys),
-    )
+        at_queries["sums"] = zeros((*q_NBGCK.shape[:3], repeats, plan.rows))
+        at_keys["sums"] = zeros((*k_NBGSK.shape[:4], repeats))
+    carry = at_queries, at_keys
     for pairs, cut in zip(block_pairs(plan), (False, True), strict=True):
         by_keys = pairs[np.argsort(pairs[:, 1], kind="stable")]
         carry = _scan(functools.partial(step, cut), vary.like(carry, q), by_keys)
-    return _gradients(plan, residuals, delta, carry)
+    return _gradients(plan, residuals, *carry)
 
 
-def _gradients(plan, residuals, delta, carry):
-    """The sums over blocks in the shapes and types of the inputs."""
+def _gradients(plan, residuals, at_queries, at_keys):
+    """The sums over blocks in the shapes and types of the inputs.
+
+    The sinks' gradient sums over all queries and may nearly cancel: its delta comes from weights
+    that were not rounded to the type of `v`, as those of the output were.
+    """
     q, k, v, sinks, _, _, _, lse_NBGC1, _ = residuals
-    (dq_NBGKC, *d_query), (dk_NBGSK, dv_NBGSV, *d_key) = carry
-    dq = plan.scale * _rows(dq_NBGKC.swapaxes(-1, -2), plan.rows)
-    dk, dv = plan.scale * _rows(dk_NBGSK, plan.cols), _rows(dv_NBGSV, plan.cols)
+    dq = plan.scale * _rows(at_queries["q"].swapaxes(-1, -2), plan.rows)
+    dk, dv = plan.scale * _rows(at_keys["k"], plan.cols), _rows(at_keys["v"], plan.cols)
     d_sinks, d_sums = None, None
     if sinks is not None:
-        d_sinks = scores.sink_slopes(sinks, _rows(lse_NBGC1, plan.rows)[..., 0], delta[..., 0])
-    if d_query:
-        d_high = rearrange(d_query[0], "n b g r c -> b (n c) (g r)")
-        d_high += rearrange(d_key[0], "n b g s r -> b (n s) (g r)")
+        both = lse_NBGC1, at_queries["delta"][..., None]
+        d_sinks = scores.sink_slopes(sinks, *(_rows(x, plan.rows)[..., 0] for x in both))
+    if "sums" in at_queries:
+        d_high = rearrange(at_queries["sums"], "n b g r c -> b (n c) (g r)")
+        d_high += rearrange(at_keys["sums"], "n b g s r -> b (n s) (g r)")
         d_sums = d_high, jnp.zeros_like(d_high)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, d_sums, None
 
@@ -332,8 +334,8 @@ def _put(x: Array, block: Array, i: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(x, block, i, 0)
 
 
-def _add(arrays: tuple, blocks: tuple, i: Array) -> tuple:
-    return tuple(_put(x, _at(x, i) + block, i) for x, block in zip(arrays, blocks, strict=True))
+def _add(arrays: dict, blocks: dict, i: Array) -> dict:
+    return {name: _put(x, _at(x, i) + blocks[name], i) for name, x in arrays.items()}
 
 
 def _scan(step: Callable, carry: tuple, pairs: np.ndarray) -> tuple:
