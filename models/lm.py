@@ -280,15 +280,15 @@ class LM(nnx.Module):
                 found.append(said)
             return x, (tuple(new), found)
 
-        stacks, found = (), []
+        states, found = (), []
         if splits:
             old = state["stacks"] if keep else (None,) * len(splits)
             xs = tuple((params, s) for (_, params), s in zip(splits, old, strict=True))
-            x, (stacks, found) = jax.lax.scan(period, x, xs)
+            x, (states, found) = jax.lax.scan(period, x, xs)
         rest = []
         for i, part in enumerate(self.rest):
             with jax.named_scope(f"rest.{i}"):
                 x, after, said = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
             rest.append(after)
             found.append(said)
-        return x, place | {"stacks": stacks, "rest": tuple(rest)}, reports.over_layers(found)
+        return x, place | {"stacks": states, "rest": tuple(rest)}, reports.over_layers(found)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -38,10 +37,7 @@ def resumed(state: Any, segments: Int[Array, "B T"]) -> Any:
     """`state` with those rows made fresh whose first document is not the one it left off in."""
     first, _ = mixer.first_and_last(segments)
     keep = (state["segment"] == 0) | (first == 0) | (first == state["segment"])
-    stacked = jax.vmap(mixer.keep_rows, (None, 0))
-    place = {"place": jnp.where(keep, state["place"], 0)} if "place" in state else {}
-    rows = {
-        "stacks": stacked(keep, state["stacks"]),
-        "rest": mixer.keep_rows(keep, state["rest"]),
-    }
-    return state | place | rows
+    fresh = {"stacks": jax.vmap(mixer.keep_rows, (None, 0))}  # rows come after the layers
+    parts = {name: part for name, part in state.items() if name != "segment"}
+    kept = {name: fresh.get(name, mixer.keep_rows)(keep, part) for name, part in parts.items()}
+    return state | kept

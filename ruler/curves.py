@@ -4,6 +4,7 @@ with the sizes from which on one config takes less than another, and why.
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -101,32 +102,40 @@ class Swept:
         than, config = self.subjects[0].name, self.subjects[other].name
         where = fits.crossover(self.sizes, a, b, names=(than, config), confidence=0.99)
         interval = None if where.low is None or where.high is None else (where.low, where.high)
-        why = ""
-        if where.length is not None and kind in self.timed:
-            i = next(i for i, size in enumerate(self.sizes) if size >= where.length)
-            pair = self.timed[kind][i][0], self.timed[kind][i][other]
-            why = f"at {self.axis} {self.sizes[i]} {self._why(config, than, pair, other)}"
+        why = self._why(kind, where.length, other) if where.length and kind in self.timed else ""
         return Crossover(kind, self.axis, config, than, where.length, interval, where.verdict, why)
 
-    def _why(self, config: str, than: str, pair: Sequence, other: int) -> str:
-        """The work of a token by both configs, and which roof of this machine is over each."""
-        works = [_work(self.subjects[i], timed) for i, timed in zip((0, other), pair, strict=True)]
-        (flops_than, moved_than, bound_than), (flops, moved, bound) = works
-        roofs = f"it is bound by {bound}, {than} by {bound_than}"
+    def _why(self, kind: str, length: float, other: int) -> str:
+        """The work of a token by both at the first size from `length` on, and each one's roof."""
+        i = next(i for i, size in enumerate(self.sizes) if size >= length)
+        than, config = self.subjects[0], self.subjects[other]
+        one, own = self.timed[kind][i][0], self.timed[kind][i][other]
+        assert one and own  # only what both can do has a crossover
+        a, b = _work(than, one), _work(config, own)
+        bound = f"it is bound by {b.bound}, {than.name} by {a.bound}"
+        if a.bound == b.bound:
+            bound = f"both are bound by {a.bound}"
         return (
-            f"{config} executes {flops / flops_than:.2f} x the FLOPs of {than} and moves "
-            f"{moved / moved_than:.2f} x its bytes; "
-            f"{f'both are bound by {bound}' if bound == bound_than else roofs}"
+            f"at {self.axis} {self.sizes[i]} {config.name} executes {b.flops / a.flops:.2f} x the "
+            f"FLOPs of {than.name} and moves {b.moved / a.moved:.2f} x its bytes; {bound}"
         )
 
 
-def _work(subject: Subject, timed: speed.Timed) -> tuple[float, float, str]:
+class Work(NamedTuple):
     """FLOPs and bytes of a token on one device, and the roof that bounds their time."""
+
+    flops: float
+    moved: float
+    bound: str
+
+
+def _work(subject: Subject, timed: speed.Timed) -> Work:
     dtype, devices = subject.experiment.model.dtype, subject.mesh.size
     flops = compute.executed_flops(timed.compiled.jaxpr).total / devices
     moved = memory.moved(timed.compiled.program.as_text())
     roofs = compute.matmul_peak(dtype), memory.copy_bandwidth()
-    return flops / timed.tokens, moved / timed.tokens, fits.roofline(flops, moved, *roofs).bound
+    bound = fits.roofline(flops, moved, *roofs).bound
+    return Work(flops / timed.tokens, moved / timed.tokens, bound)
 
 
 def _seconds(timed: list[speed.Timed]) -> np.ndarray:

@@ -27,8 +27,13 @@ class Bench:
         stated = {name: options[name] or None for name in ("price", "watts", "pue", "grid")}
         self.assumptions = devices.Assumptions(**stated)
         self.meter = energy.meter()
-        self.idle = None if isinstance(self.meter, str) else energy.idle_row(self.meter)
+        self.idle: list[Row] = []
         self.timed: dict[str, list[speed.Timed | None]] = {}
+
+    def rest(self) -> None:
+        """Measure the idle power, where it is counted: before anything has warmed the device."""
+        if not isinstance(self.meter, str):
+            self.idle = [energy.idle_row(self.meter)]
 
     def time(self) -> None:
         """Time every kind of call, the configs in turn."""
@@ -73,8 +78,8 @@ class Bench:
             counted = self._counted(subject, kind)
             found += energy.rows(kind, counted, *spent, self.assumptions)
         steps = subject.experiment.steps
-        found += energy.run_rows(found[0], steps, subject.tokens, self.assumptions)
-        return found if self.idle is None else [*found, self.idle]
+        run = energy.run_rows(found[0], steps, subject.tokens, self.assumptions)
+        return found + run + self.idle
 
     def _counted(self, subject: Subject, kind: str) -> energy.Energy | str:
         """Measured, or why not."""
@@ -96,10 +101,10 @@ class Bench:
             found += money.rows(kind, *spent, self.assumptions)
         steps = subject.experiment.steps
         weights = int(rows.parameters(subject)[0].value or 0)
-        goal: dict[str, Any] = {}
-        if loss := self.options["loss"]:
-            goal = {"loss": loss, "reached": quality.steps_to(self.trained[i], loss)}
-        return found + money.run_rows(found[0], steps, subject.tokens, weights, **goal)
+        loss = self.options["loss"] or None
+        reached = quality.steps_to(self.trained[i], loss) if loss else None
+        run = found[0], steps, subject.tokens, weights
+        return found + money.run_rows(*run, loss=loss, reached=reached)
 
     def traffic(self, i: int) -> list[Row]:
         """What a training step sends, and the share of its time that the links need."""
@@ -153,6 +158,8 @@ def measure(
     if options["column"] >= 0:
         subjects = subjects[options["column"] :][:1]
     bench = Bench(subjects, options)
+    if "energy" in groups:
+        bench.rest()
     found: dict[str, list[list[Row]]] = {}
     if "peak" in groups:  # it takes a process of its own, and some devices serve one at a time
         found["peak"] = _peaks(subjects, options, alone=list(groups) == ["peak"])

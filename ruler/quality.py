@@ -2,7 +2,6 @@
 first config.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from resources import fidelity
 from resources.report import Row, not_available
 from ruler import rows
 from ruler.subject import Subject
-from training import checkpoint, loop
+from training import checkpoint, log, loop
 from training.step import put_batch
 
 LONGER = (2, 4)  # times the trained length
@@ -63,8 +62,7 @@ def steps_to(found: Trained | str, bits: float) -> int | str | None:
     file = found.folder / "metrics.jsonl"
     if not file.exists():
         return f"no {file}"
-    records = map(json.loads, file.read_text().splitlines())
-    known = [(r["step"], r[BITS]) for r in records if r.get(BITS) is not None]
+    known = [(r["step"], r[BITS]) for r in log.records(file) if r.get(BITS) is not None]
     if not known:
         return f"{file} holds no validation"
     return next((step for step, value in known if value <= bits), None)

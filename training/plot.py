@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from training import log
+
 INK, ACCENT, WARM = "#22252b", "#2563a8", "#c8512b"
 SMOOTHING = 0.02  # width of the smoothing kernel, as a share of the x axis ...
 EARLY = 0.1  # ... but at most this share of the place itself: the first steps fall steeply
@@ -22,8 +24,7 @@ def loss_curve(metrics_path: Path, png_path: Path, title: str) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
-    train, validation, unit = _series(records)
+    train, validation, unit = _series(log.records(Path(metrics_path)))
     if not len(train):
         raise ValueError(f"{metrics_path} holds no record with bits_per_byte: nothing to draw.")
     with pyplot.rc_context():

@@ -1,6 +1,7 @@
 """Every architecture yields all five resources, and options that are wrong one line."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -11,7 +12,8 @@ from flax import nnx
 
 from configs.schema import Data, Experiment, Mesh
 from models import catalogue, lm
-from resources import table
+from models.linear_attention import gla
+from resources import energy, table
 from resources.report import RESOURCES, Column, Row, not_available
 from ruler import curves, front, groups, measure, rows
 from ruler.subject import Subject
@@ -140,6 +142,19 @@ def test_a_planted_crossover_is_found_and_says_why():
     )
     assert said and 1.3 < float(said[1]) < 2 and 1.3 < float(said[2]) < 2  # of twice the depth
     assert found.why in table.told(found)
+
+
+def test_a_meter_is_read_only_for_energy(monkeypatch):
+    readings = itertools.count(2)
+    meter = energy.Meter("fake", 0.001, (energy.Counter(lambda: 2 * next(readings), 1.0),))
+    monkeypatch.setattr(energy, "meter", lambda: meter)
+    subject = subject_of(gla.Config())
+    measure.measure([subject], ["speed"], OPTIONS)
+    assert next(readings) == 2
+    found = measure.measure([subject], ["energy"], OPTIONS).columns[0].resources["energy"]
+    (idle,) = (row for row in found if row.name == "idle power")
+    assert idle.provenance == "measured" and 0 < idle.value <= 1  # 2 J in two seconds
+    assert next(row for row in found if row.name == "train energy").provenance == "measured"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     path = run(tmp_path, 0, range(1, 8)).metrics_path
     with open(path, "a") as file:
         file.write('{"step": 3, "loss": 0.')  # a torn line, even of an early step
+    assert [record["step"] for record in log.records(path)] == list(range(1, 8))
     written = run(tmp_path, 4, range(5, 9))
     assert [record["step"] for record in records(path)] == list(range(1, 9))
     assert written.lost_steps == 3
