@@ -1,8 +1,11 @@
 """Sizes that meet a budget: of planted measures, and of ten architectures for every pair."""
 
 import dataclasses
+import functools
+import itertools
 import re
 
+import jax
 import pytest
 
 from configs import schema
@@ -13,7 +16,8 @@ from models.block import residual
 from models.channel import deepseek_moe, glu
 from models.linear_attention import gla
 from models.state_space import mamba2
-from ruler import budget, sizes
+from ruler import budget, sizes, speed
+from ruler.subject import Subject
 
 NAMES = (
     "softmax mqa gla gated_deltanet mamba2 rg_lru hgrn2 retnet rwkv7 dropless"  # of ten families
@@ -48,8 +52,10 @@ def check_pair(first: Experiment, second: Experiment, of: str) -> None:
     chosen = budget.named(of)
     given, sized = budget.match([first, second], chosen, known=known)
     assert given is first
-    wanted = budget.named(of).measure(first)  # anew, without what is known
-    assert abs(chosen.measure(sized) / wanted - 1) <= 0.01
+    measured = functools.partial(budget.value, budget=chosen, known=known)
+    if not chosen.slow:
+        measured = budget.named(of).measure  # anew, without what is known
+    assert abs(measured(sized) / measured(first) - 1) <= 0.01
     same = {"width": 1, "depth": 1, "channel": None, "pattern": ()}
     one, two = (dataclasses.replace(e.model, **same) for e in (second, sized))
     assert one == two  # nothing else has changed
@@ -69,12 +75,12 @@ def test_a_pair(first, second, of):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", NAMES)
+@pytest.mark.parametrize("second", NAMES)
 @pytest.mark.parametrize("of", ["parameters", "flops", STATE, "memory"])
-def test_all_pairs(of, first):
+def test_all_pairs(of, second):
     widths, depth = (STATE_WIDTHS, 8) if of == STATE else (dict.fromkeys(NAMES, 192), 4)
-    for second in NAMES:
-        if second != first:
+    for first in NAMES:
+        if first != second:
             one, two = (experiment(name, widths[name], depth) for name in (first, second))
             check_pair(one, two, of)
 
@@ -248,6 +254,21 @@ def test_one_amount_of_money_buys_steps():
     first, *others = map(lambda run, s: budget.dollars(run, s, 36.0), sized, seconds)
     assert first == pytest.approx(3.0)  # 1000 steps of 0.3 s at a cent a second
     assert others == pytest.approx([first, first], rel=0.01)
+
+
+@pytest.mark.long
+def test_all_pairs_of_one_amount_of_money():
+    runs = [dataclasses.replace(experiment(name), steps=10_000) for name in NAMES]
+    one_device = jax.devices()[:1]
+    subjects = [Subject("", run, devices=one_device) for run in runs]
+    seconds = [found.timing.median for found in speed.timed(subjects, "train", 0.5)]
+    pairs = list(itertools.permutations(zip(runs, seconds, strict=True), 2))
+    assert len(pairs) == 90
+    for (one, each), (two, other) in pairs:
+        given, sized = budget.match_dollars([one, two], [each, other])
+        assert given is one and dataclasses.replace(sized, steps=two.steps) == two
+        wanted, found = budget.dollars(one, each, 2.5), budget.dollars(sized, other, 2.5)
+        assert abs(found / wanted - 1) <= 0.01
 
 
 def test_money_that_buys_too_little_is_said():
