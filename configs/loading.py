@@ -228,5 +228,6 @@ def _nearest_file(path: Path) -> str:
         *(p for p in Path("configs").glob("**/") if p.is_dir()),
     }
     found = {file for folder in folders for file in folder.glob("*.py")}
-    known = sorted(str(file) for file in found if "def get_config" in file.read_text("utf-8"))
+    configs = re.compile(r"^def get_config\b", re.MULTILINE)
+    known = sorted(str(file) for file in found if configs.search(file.read_text("utf-8")))
     return overrides.hint(str(path), known, 0)

@@ -250,6 +250,10 @@ def test_a_missing_file_names_the_nearest(capsys, name):
     assert line == f"no config file {name!r} (did you mean 'configs/quickstart.py'?)."
 
 
+def test_a_missing_file_names_only_configs(capsys):
+    assert "did you mean 'configs/lm/" in refusal(capsys, "--config=configs/loadin.py")
+
+
 def test_a_folder_is_no_file(capsys):
     assert "no config file 'configs/lm' (did you mean 'configs/lm/" in refusal(
         capsys, "--config=configs/lm"
