@@ -1,7 +1,8 @@
 """Checkpoints: Orbax writes the arrays in the background, a manifest proves them, a marker commits.
 
 A step counts only when all its files are on the disk with their SHA-256 (training/manifest.py).
-What a kill leaves half written is removed at the next start; what a disk damages is passed over.
+What a kill leaves half written is removed at the next start; what a disk damages is passed over;
+a folder that this code did not begin is never removed.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class NoUsableCheckpoint(guards.Stop):
-    """Checkpoints exist and every one of them is damaged."""
+    """Folders of steps exist and none of them holds a good checkpoint."""
 
     code = guards.NO_CHECKPOINT
 
@@ -110,14 +111,27 @@ class Checkpoints:
         self._failed: tuple[int, Exception] | None = None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for step in manifest.present(self.folder):
-                if not (self.folder / str(step) / manifest.MARKER).exists():
-                    manifest.remove(self.folder / str(step))
-                    warn(f"checkpoint: removed the unfinished save of step {step}.")
+            self._tidy()
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
         return committed(self.folder)
+
+    def _tidy(self) -> None:
+        """Remove what killed saves left; say what else lies there, and leave it."""
+        for step in manifest.unfinished(self.folder):
+            manifest.remove(self.folder / str(step))
+            if not (self.folder / str(step)).exists():
+                self._warn(f"checkpoint: removed the unfinished save of step {step}.")
+        for step in manifest.marked(self.folder):
+            manifest.finish(self.folder / str(step))
+        if unknown := manifest.unknown(self.folder):
+            names = ", ".join(map(str, unknown[:MOST_NAMES]))
+            more = ", ..." if len(unknown) > MOST_NAMES else ""
+            self._warn(
+                f"checkpoint: left {names}{more} in {self.folder} as found: no {manifest.MARKER} "
+                "of a save of ours is there. Move away what is not a step of this run."
+            )
 
     def restore(self, abstract_tree: Any) -> Restored | None:
         """`restore` of this folder; damaged steps found here go when the next save is committed."""
@@ -147,6 +161,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 manifest.remove(path)
+                manifest.begin(path)
             stored = {name: _words(value) for name, value in values.items() if value.size}
             response = ocp.save_async(str((path / STATE).absolute()), stored)
         except Exception as error:  # whatever a full or broken disk makes of it
@@ -268,7 +283,9 @@ def _newest_good(folder: Path, damaged: dict[int, str], warn: Callable[[str], No
     """Newest undamaged step (None: no step at all); fills `damaged` and warns of each of them."""
     good = _agree(_search(folder, damaged) if jax.process_index() == 0 else 0)
     if good == -2:
-        found = ", ".join(f"step {step} (file {damaged[step]})" for step in sorted(damaged))
+        unknown = {step: f"no {manifest.MARKER}" for step in manifest.unknown(folder)}
+        faults = {step: f"file {file}" for step, file in damaged.items()} | unknown
+        found = ", ".join(f"step {step} ({faults[step]})" for step in sorted(faults))
         raise NoUsableCheckpoint(
             f"checkpoint error: no checkpoint in {folder} passes its checksum: {found or 'none'}. "
             "Put an undamaged copy back or start with another workdir."
@@ -282,7 +299,7 @@ def _newest_good(folder: Path, damaged: dict[int, str], warn: Callable[[str], No
 
 
 def _search(folder: Path, damaged: dict[int, str]) -> int:
-    """Newest undamaged step; -1 if there are no steps, -2 if all of them are damaged."""
+    """Newest undamaged step; -1 if there are no steps, -2 if there are and none is good."""
     for step in reversed(manifest.marked(folder)):
         file = manifest.damage(folder / str(step))
         if not file:
@@ -290,7 +307,7 @@ def _search(folder: Path, damaged: dict[int, str]) -> int:
         # Without a marker by now, the run that owns the folder has just removed this step.
         if (folder / str(step) / manifest.MARKER).exists():
             damaged[step] = file
-    return -2 if damaged else -1
+    return -2 if damaged or manifest.unknown(folder) else -1
 
 
 def _load(path: Path, abstract_tree: Any, only: str) -> Restored:

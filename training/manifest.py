@@ -1,13 +1,17 @@
 """A step's folder that is whole or does not count: sealed by a manifest, committed by a marker.
 
-    1200/state/...      the data
-    1200/manifest.json  what it is; size and SHA-256 of every file of the data
-    1200/COMMITTED      SHA-256 of manifest.json: written last, removed first
+    1200/frugal.unfinished  our mark, while the step is written or removed: first in, last out
+    1200/state/...          the data
+    1200/manifest.json      what it is; size and SHA-256 of every file of the data
+    1200/COMMITTED          SHA-256 of manifest.json: written last, removed first
 
-Each is on the disk before the next is begun, so a kill at any moment leaves a whole step or one
-without a marker, which never counts.
+Each is on the disk before the next is begun, so a kill at any moment leaves a whole step, or one
+that bears our mark and never counts. A folder with neither is somebody else's, or a step that lost
+its marker: it is left alone.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MANIFEST, MARKER = "manifest.json", "COMMITTED"
+MARK, MANIFEST, MARKER = "frugal.unfinished", "manifest.json", "COMMITTED"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -41,11 +45,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def present(folder: Path) -> list[int]:
-    """Steps that have a folder, whole or not, oldest first."""
+    """Steps that have a folder with something in it, whole or not, oldest first."""
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    numbered = [path for path in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    return sorted(int(path.name) for path in numbered if path.is_dir() and not _is_empty(path))
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return not any(path.iterdir())
+    except FileNotFoundError:  # just removed by the run that owns it
+        return True
+    except OSError:  # not ours to read
+        return False
 
 
 def marked(folder: Path) -> list[int]:
@@ -58,9 +71,32 @@ def committed(folder: Path) -> list[int]:
     return [step for step in marked(folder) if (folder / str(step) / MANIFEST).exists()]
 
 
+def unfinished(folder: Path) -> list[int]:
+    """Steps that a save began and did not commit, or that were being removed, oldest first."""
+    return [
+        step
+        for step in present(folder)
+        if (folder / str(step) / MARK).exists() and not (folder / str(step) / MARKER).exists()
+    ]
+
+
+def unknown(folder: Path) -> list[int]:
+    """Numbers of folders with neither mark nor marker: what is in them is not ours to remove."""
+    ours = {*unfinished(folder), *marked(folder)}  # in this order: a save may end meanwhile
+    return [step for step in present(folder) if step not in ours]
+
+
 def read(path: Path) -> dict:
     """The manifest of the step at `path`."""
     return json.loads((path / MANIFEST).read_bytes())
+
+
+def begin(path: Path) -> None:
+    """Make the folder of a step and put our mark into it; OSError if anything else is there."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not _is_empty(path):
+        raise FileExistsError(errno.EEXIST, f"{path} holds files that this run did not write")
+    _mark(path)
 
 
 def seal(path: Path, head: dict) -> None:
@@ -73,14 +109,51 @@ def seal(path: Path, head: dict) -> None:
     content = json.dumps(head | {"files": files}).encode()
     write_atomic(path / MANIFEST, content)
     write_atomic(path / MARKER, hashlib.sha256(content).hexdigest().encode())
+    finish(path)
+
+
+def finish(path: Path) -> None:
+    """Take our mark from a step that is committed."""
+    (path / MARK).unlink(missing_ok=True)
+    sync_folder(path)
 
 
 def remove(path: Path) -> None:
-    """Delete the step at `path`, its marker first: a kill in between leaves an uncommitted step."""
-    if path.exists():
-        (path / MARKER).unlink(missing_ok=True)
-        sync_folder(path)
-        shutil.rmtree(path)
+    """Delete a step that we wrote, in part or whole; leave any other folder, and links, alone.
+
+    Its marker goes first and our mark last: a kill in between leaves what can be told as ours.
+    """
+    if not _is_ours(path):
+        return
+    _mark(path)
+    (path / MARKER).unlink(missing_ok=True)
+    sync_folder(path)
+    for inside in path.iterdir():
+        if inside.name != MARK:
+            shutil.rmtree(
+                inside
+            ) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
+    (path / MARK).unlink()
+    path.rmdir()
+
+
+def _mark(path: Path) -> None:
+    (path / MARK).touch()  # its name says all: a kill leaves it, or nothing
+    sync_folder(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the folder bears our mark, our marker (64 hex digits), or a manifest of this step."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if (path / MARK).exists():
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", (path / MARKER).read_text()):
+            return True
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return str(read(path)["step"]) == path.name and "files" in read(path)
+    return False
 
 
 def damage(path: Path) -> str:
@@ -104,7 +177,7 @@ def damage(path: Path) -> str:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    ours = {path / MANIFEST, path / MARKER}
+    ours = {path / MARK, path / MANIFEST, path / MARKER}
     files = (p for p in path.rglob("*") if p.is_file() and p not in ours)
     return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(files)}
 

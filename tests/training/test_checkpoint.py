@@ -247,6 +247,65 @@ def test_all_damaged(two_steps, tmp_path):
     assert caught.value.code == 3 and "\n" not in str(caught.value) and said == []
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files_of(folder)}
+
+
+def test_what_is_not_ours_is_left_and_said(folder, tmp_path, opened, said):
+    """Another program's checkpoints/1000/default/weights; photos/2019 behind a link."""
+    (folder / "1000" / "default").mkdir(parents=True)
+    (folder / "1000" / "default" / "weights").write_bytes(b"weights")
+    photos = tmp_path / "photos" / "2019"
+    photos.mkdir(parents=True)
+    (photos / "lake.jpg").write_bytes(b"a lake")
+    (folder / "2019").symlink_to(photos)
+    before = contents(tmp_path)
+    checkpoints = opened(keep=1, keep_best=0)
+    assert len(said) == 1 and f"left 1000, 2019 in {folder} as found" in said[0]
+    with pytest.raises(NoUsableCheckpoint, match=r"step 1000 \(no COMMITTED\)") as caught:
+        checkpoints.restore(abstract(small_tree(1)))
+    assert caught.value.code == 3 and "\n" not in str(caught.value)
+    tree = {"w": jnp.ones(2)}
+    for step in (900, 1000, 2019, 2020):  # a save in the same place fails, and thinning passes by
+        checkpoints.save(step, tree, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [2020] and checkpoints.failures == 0
+    assert len(said) == 3, said
+    for step, line in zip((1000, 2019), said[1:], strict=True):
+        assert f"step {step} could not be saved ({folder}/{step} holds files that this" in line
+    assert checkpoints.restore(abstract(tree)).meta["step"] == 2020
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+def test_lost_markers(two_steps, folder, opened, said):
+    """Without any marker nothing is good and nothing goes; with one left it is the one used."""
+    shutil.copytree(two_steps, folder)
+    for step in ("100", "200"):
+        (folder / step / manifest.MARKER).unlink()
+    before, lost = contents(folder), r"step 100 \(no COMMITTED\), step 200 \(no COMMITTED\)"
+    with pytest.raises(NoUsableCheckpoint, match=lost):
+        checkpoint.restore(folder, abstract(small_tree(1)))
+    with pytest.raises(NoUsableCheckpoint, match=lost):
+        opened().restore(abstract(small_tree(1)))
+    assert contents(folder) == before and len(said) == 1 and "left 100, 200" in said[0]
+    shutil.rmtree(folder / "100")
+    shutil.copytree(two_steps / "100", folder / "100")
+    checkpoints = opened()
+    assert checkpoints.restore(abstract(small_tree(1))).meta["step"] == 100
+    checkpoints.save(200, small_tree(200), {})  # the same run comes to it again
+    assert bits(checkpoints.restore(abstract(small_tree(1))).tree) == bits(small_tree(200))
+
+
+def test_killed_first_save_is_a_fresh_start(folder, opened, said):
+    manifest.begin(folder / "100")
+    (folder / "100" / "state.tmp").mkdir()
+    (folder / "300").mkdir()  # killed before the mark
+    assert checkpoint.restore(folder, abstract(small_tree(1))) is None
+    assert opened().restore(abstract(small_tree(1))) is None
+    assert said == ["checkpoint: removed the unfinished save of step 100."]
+
+
 def test_damaged_step_is_written_again_and_goes(two_steps, folder, opened, said):
     shutil.copytree(two_steps, folder)
     flip(max(files_of(folder / "200"), key=lambda path: path.stat().st_size))

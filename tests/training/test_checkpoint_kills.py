@@ -98,7 +98,7 @@ def start(devices: int, call: str, stderr=subprocess.STDOUT) -> subprocess.Popen
 
 
 def unfinished(folder: Path) -> bool:
-    return len(manifest.present(folder)) > len(manifest.committed(folder))
+    return bool(manifest.unfinished(folder))
 
 
 def kill_one_saver(parent: subprocess.Popen, folder: Path, delay: float) -> None:
