@@ -39,13 +39,13 @@ def main() -> int:
     if sys.argv[1:2] == ["--compare"]:
         return compare(sys.argv[2:])
     experiments, options = loading.parse(sys.argv[1:], OPTIONS)
-    from ruler import groups
+    from evaluation import groups
 
     with loading.configuration():
         chosen = groups.choose(options["only"])
+    from evaluation import measure, subject
     from parallel import host
-    from resources import table
-    from ruler import measure, subject
+    from report import table
     from training import guards
 
     if chosen != ["peak"]:  # the growth of a process that keeps memory would not show
@@ -64,7 +64,7 @@ def main() -> int:
 
 def compare(files: list[str]) -> int:
     """Print what changed between two reports that --json wrote."""
-    from resources import compare, report
+    from report import compare, report
 
     with loading.configuration():
         if len(files) != 2:
@@ -75,7 +75,7 @@ def compare(files: list[str]) -> int:
 
 def write(found, options: dict) -> None:
     """The report in the forms that were asked for."""
-    from resources import html, table
+    from report import html, table
 
     if options["json"]:
         found.write(options["json"])

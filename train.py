@@ -97,8 +97,9 @@ def sample(result) -> tuple[str, float]:
 
 def show_resources(result, decode_rate: float | None) -> None:
     """The resource table of the run itself; eval.py measures a config in full."""
-    from resources import compute, memory, report, table, throughput
-    from resources.report import Row
+    from report import report, table
+    from resources import compute, memory, throughput
+    from resources.row import Row
 
     plan, trainer = result.plan, result.plan.trainer
     tokens = plan.experiment.data.batch * plan.experiment.data.length

@@ -1,1 +1,1 @@
-"""The ruler: what a program costs. Every number says how it was obtained."""
+"""The meters: what a program costs. Every number says how it was obtained."""

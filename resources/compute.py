@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.count import Flops, executed_flops, model_flops
-from resources import fits, memory, throughput
+from resources import memory, scaling, throughput
 from resources.devices import Device
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 __all__ = [
     "Flops",
@@ -111,7 +111,7 @@ def roofline_rows(
     attainable FLOP/s = min(roof of compute, FLOP/B * roof of memory), both roofs measured here.
     """
     peak, bandwidth = matmul_peak(dtype), memory.copy_bandwidth()
-    found = fits.roofline(executed, moved, peak, bandwidth)
+    found = scaling.roofline(executed, moved, peak, bandwidth)
     word = f"bound by {found.bound}: the ridge is at {found.ridge:.3g} FLOP/B"
     listed_bandwidth = listed and listed.memory_bytes_per_s
     note = f"{listed_bandwidth / 1e9:.4g} GB/s listed" if listed_bandwidth else ""

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from resources.devices import Assumptions, Device
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 _POWERCAP = Path("/sys/class/powercap")
 _JOULES_PER_WH = 3600

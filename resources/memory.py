@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from resources import hlo, throughput
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 _PEAK = "arguments + outputs - aliased + temporaries"
 _STATUS = Path("/proc/self/status")

@@ -10,7 +10,7 @@ that a machine waits, or compiles, is not in them.
 """
 
 from resources.devices import Assumptions, Device
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 _MILLION = 1_000_000
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resources import devices, hlo
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 SENT = {  # times S, of n devices
     "all-reduce": lambda n: 2 * (n - 1) / n,

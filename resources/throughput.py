@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from resources import spread
-from resources.report import Row
+from resources import intervals
+from resources.row import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Timing:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Where the median lies with 99 % confidence; None for fewer than 8 calls."""
-        return spread.median_interval(self.seconds)
+        return intervals.median_interval(self.seconds)
 
 
 class Compiled(NamedTuple):

@@ -15,8 +15,9 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     "data": ("configs.schema",),
     "inference": ("models", "kernels", "parallel", "configs.schema", "data"),
     "training": ("configs.schema", *WHOLE, "parallel", "data", "inference"),
-    "resources": ("configs.schema", "parallel", "kernels"),
-    "ruler": ("configs.schema", *WHOLE, "parallel", "training", "resources"),
+    "resources": ("kernels",),
+    "report": ("resources",),
+    "evaluation": ("configs.schema", *WHOLE, "parallel", "training", "resources", "report"),
 }
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of models

@@ -12,7 +12,7 @@ import pytest
 from resources import energy
 from resources.devices import Assumptions, Device
 from resources.energy import Counter, Energy, Meter, Window
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 
 def zone(folder, name, label, value, wraps=1000):

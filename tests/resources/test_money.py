@@ -4,7 +4,7 @@ import pytest
 
 from resources import money
 from resources.devices import Assumptions, Device
-from resources.report import Row, not_available
+from resources.row import Row, not_available
 
 DEVICE = Device("X", price=3.6, price_source="a cloud", price_date="2026-01")
 

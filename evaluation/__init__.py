@@ -1,0 +1,1 @@
+"""Configs under measurement: their programs, rows, curves, budgets and quality."""

@@ -1,0 +1,181 @@
+"""How well a trained config predicts: validation, longer texts, noisy ones, and likeness to the
+first config.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from configs import schema
+from evaluation import rows
+from evaluation.subject import Subject
+from parallel import sharding
+from resources import fidelity
+from resources.row import Row, not_available
+from training import checkpoint, log, loop
+from training.step import put_batch
+
+LONGER = (2, 4)  # times the trained length
+NOISE = 0.1  # share of tokens replaced
+UNIT = "bit/byte"
+BITS = "validation_bits_per_byte"  # in metrics.jsonl
+
+
+class Trained(NamedTuple):
+    """A config with the weights of a run."""
+
+    plan: loop.Plan
+    params: Any
+    step: int
+    folder: Path  # of the run
+
+
+def load(subject: Subject, workdir: str) -> Trained | str:
+    """The newest checkpoint of a run's folder, or why there is none for this config."""
+    if not workdir:
+        return "no --workdir with a checkpoint"
+    folder = Path(workdir) / "checkpoints"
+    plan = loop.make_plan(subject.experiment)
+    try:
+        abstract = {"params": plan.trainer.abstract.params}
+        restored = checkpoint.restore(folder, abstract, only="params")
+    except ValueError as error:
+        return str(error)
+    if restored is None:
+        return f"no checkpoint in {folder}"
+    if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
+        return f"the checkpoint in {folder} is of another model"
+    return Trained(plan, restored.tree["params"], restored.meta["step"], Path(workdir))
+
+
+def steps_to(found: Trained | str, bits: float) -> int | str | None:
+    """The step at which the run's validation first had at most `bits` per byte; None: never.
+
+    Or the reason why that is not known. A run validates every `evaluation.every_steps`.
+    """
+    if isinstance(found, str):
+        return found
+    file = found.folder / "metrics.jsonl"
+    if not file.exists():
+        return f"no {file}"
+    known = [(r["step"], r[BITS]) for r in log.records(file) if r.get(BITS) is not None]
+    if not known:
+        return f"{file} holds no validation"
+    return next((step for step, value in known if value <= bits), None)
+
+
+def validation(subject: Subject, found: Trained | str) -> list[Row]:
+    """Bits per byte on validation data: as trained, on longer rows, with noise in the inputs."""
+    longer = [f"validation, rows {times} x as long" for times in LONGER]
+    noisy = f"validation, {NOISE:.0%} of tokens replaced"
+    if isinstance(found, str):
+        return [not_available(name, UNIT, found) for name in ("validation", *longer, noisy)]
+    plan = found.plan
+    batches = min(subject.experiment.evaluation.batches, len(plan.validation))
+    with sharding.on(plan.mesh):
+        bits = loop.evaluate(plan, found.params, batches)
+        with_noise = loop.evaluate(_corrupted(plan), found.params, batches)
+    note = f"step {found.step}, {batches} of {len(plan.validation)} batches"
+    found_rows = [Row("validation", bits, UNIT, "measured", note)]
+    found_rows += [_longer(subject, found, times, bits) for times in LONGER]
+    return [*found_rows, Row(noisy, with_noise, UNIT, "measured", f"x {with_noise / bits:.3f}")]
+
+
+def _longer(subject: Subject, found: Trained, times: int, bits: float) -> Row:
+    """Rows `times` as long, as many tokens a batch as trained where the batch allows."""
+    data = subject.experiment.data
+    name = f"validation, rows {times} x as long"
+    batch = max(subject.mesh.shape["data"] * subject.mesh.shape["fsdp"], data.batch // times)
+    try:
+        plan = loop.make_plan(subject.at(length=data.length * times, batch=batch).experiment)
+    except ValueError as error:
+        return not_available(name, UNIT, str(error))
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (found.params, _of(plan))]
+    if shapes[0] != shapes[1]:
+        return not_available(name, UNIT, "its weights are as long as the rows")
+    batches = min(subject.experiment.evaluation.batches, len(plan.validation))
+    with sharding.on(plan.mesh):
+        found_bits = loop.evaluate(plan, found.params, batches)
+    return Row(name, found_bits, UNIT, "measured", f"x {found_bits / bits:.3f}")
+
+
+def _of(plan: loop.Plan) -> Any:
+    return plan.trainer.abstract.params
+
+
+class _Noisy:
+    """A split whose inputs are in part random tokens; targets stay."""
+
+    def __init__(self, split: Any, vocabulary: int):
+        self.split, self.vocabulary = split, vocabulary
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, index: int) -> dict[str, np.ndarray]:
+        """As `Split.batch`."""
+        found = self.split.batch(index)
+        key = jax.random.fold_in(jax.random.key(0), index)
+        real = found["segments"] != 0
+        inputs = fidelity.corrupt(found["inputs"], NOISE, self.vocabulary, key, mask=real)
+        return found | {"inputs": np.asarray(inputs, np.int32)}
+
+
+def _corrupted(plan: loop.Plan) -> Any:
+    return plan._replace(validation=_Noisy(plan.validation, plan.train.tokenizer.vocabulary))
+
+
+def likeness(
+    subject: Subject, first: Subject, found: Trained | str, original: Trained | str
+) -> list[Row]:
+    """How small it is against the first config, and how like the predictions of the two are."""
+    smaller = rows.weight_bytes(first) / rows.weight_bytes(subject)
+    ratio = Row("compression ratio to the first", smaller, "", "modelled", "bytes of the weights")
+    names = (
+        ("agreement with the first", ""),
+        ("KL from the first", "nat"),
+        ("KL to the first", "nat"),
+        ("loyalty to the first", ""),
+    )
+    if isinstance(found, str) or isinstance(original, str):
+        reason = found if isinstance(found, str) else str(original)
+        return [ratio, *(not_available(name, unit, reason) for name, unit in names)]
+    if found.plan.validation.fingerprint != original.plan.validation.fingerprint:
+        reason = "the two were trained on other tokens"
+        return [ratio, *(not_available(name, unit, reason) for name, unit in names)]
+    batches = min(subject.experiment.evaluation.batches, len(original.plan.validation))
+    told = fidelity.fidelity(_logits(original, found, batches))
+    values = (told.agreement, told.kl, told.kl_reverse, told.loyalty)
+    note = f"{told.positions} positions"
+    measured = [
+        Row(name, value, unit, "measured", note)
+        if np.isfinite(value)
+        else not_available(name, unit, "infinite: one rules out what the other allows")
+        for (name, unit), value in zip(names, values, strict=True)
+    ]
+    return [ratio, *measured]
+
+
+def _logits(p: Trained, q: Trained, batches: int) -> Iterator[fidelity.Batch]:
+    """Both models' logits on the same validation batches."""
+
+    def forward(trained):
+        @jax.jit
+        def run(params, batch):
+            model = nnx.merge(trained.plan.trainer.graph, params)
+            return model.logits(model(batch["inputs"], segments=batch["segments"])[0])
+
+        return lambda batch: run(trained.params, batch)
+
+    runs = [forward(p), forward(q)]
+    with sharding.on(p.plan.mesh):
+        for index in range(batches):
+            read = p.plan.validation.batch(index)
+            batch = put_batch(p.plan.trainer.batch, read)
+            words = min(trained.plan.train.tokenizer.vocabulary for trained in (p, q))
+            first, other = (np.asarray(run(batch))[..., :words] for run in runs)
+            yield fidelity.Batch(first, other, read["weights"] > 0, read["targets"])

@@ -1,0 +1,1 @@
+"""What is shown: the report as text, table, page and pictures."""

@@ -1,1 +1,0 @@
-"""Configs under the ruler: their programs, and what `resources` says of them."""
