@@ -98,10 +98,8 @@ class LM(nnx.Module):
             self.stacks = nnx.List([stack(part) for part in parts])
         self.rest = nnx.List([parts[i % len(parts)].build(config.width, rngs) for i in range(rest)])
         self.norm = layers.RMSNorm(config.width, rngs, config.norm_eps)
-        self.head = None
-        if config.head == "untied":
-            init = layers.fan_in(config.width)
-            self.head = layers.weight(rngs, init, shape[::-1], ("embed", "vocab"))
+        head = layers.fan_in(config.width), shape[::-1], ("embed", "vocab")
+        self.head: Any = layers.weight(rngs, *head) if config.head == "untied" else None
         self.dtype, self.remat = config.dtype, config.remat
         self.embed_scale, self.softcap = config.embed_scale, config.softcap
         self.objective = config.objective

@@ -75,13 +75,17 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def keep_rows(keep: Bool[Array, " B"], state: State) -> State:
-    """Rows of `state` where `keep`, zeros (a fresh state) elsewhere; scalars stay."""
+def keep_rows(keep: Bool[Array, " B"], state: State, axis: int = 0) -> State:
+    """Rows of `state` where `keep`, zeros (a fresh state) elsewhere; what has no rows stays.
+
+    Rows lie along `axis`: 0, or 1 where stacked layers lead.
+    """
 
     def one(leaf):
-        if leaf.ndim == 0:
+        if leaf.ndim <= axis:
             return leaf
-        return jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+        fits = keep.reshape(-1, *(1,) * (leaf.ndim - 1 - axis))
+        return jnp.where(fits, leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(one, state)
 

@@ -37,7 +37,9 @@ def resumed(state: Any, segments: Int[Array, "B T"]) -> Any:
     """`state` with those rows made fresh whose first document is not the one it left off in."""
     first, _ = mixer.first_and_last(segments)
     keep = (state["segment"] == 0) | (first == 0) | (first == state["segment"])
-    fresh = {"stacks": jax.vmap(mixer.keep_rows, (None, 0))}  # rows come after the layers
-    parts = {name: part for name, part in state.items() if name != "segment"}
-    kept = {name: fresh.get(name, mixer.keep_rows)(keep, part) for name, part in parts.items()}
+    kept = {
+        name: mixer.keep_rows(keep, part, axis=int(name == "stacks"))  # there layers lead
+        for name, part in state.items()
+        if name != "segment"
+    }
     return state | kept

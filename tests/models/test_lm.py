@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from inference.generate import generate
 from models import lm, reports, stacks
 from models.attention import bidirectional
 from models.block import residual
@@ -56,6 +57,46 @@ def test_remat_changes_no_report():
     )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert_close(b, a, np.float32, "remat")
+
+
+def test_an_untied_head_is_a_weight_that_learns_and_decodes():
+    model = dataclasses.replace(SMALL, depth=1, head="untied").build(nnx.Rngs(0))
+    assert model.head[...].shape == (32, 257)
+    graph, params = nnx.split(model)
+    loss = lambda params: nnx.merge(graph, params).loss(*batch(), segments=IDS)[0]
+    before, slopes = jax.jit(jax.value_and_grad(loss))(params)
+    assert all(np.asarray(slopes[name][...]).any() for name in ("embed", "head"))
+    params = jax.tree.map(lambda weight, slope: weight - 0.1 * slope, params, slopes)
+    assert float(loss(params)) < float(before)
+    model, tokens = nnx.merge(graph, params), jnp.asarray([[1, 2, 3]])
+    written = generate(model, tokens, 2, key=jax.random.key(0), temperature=0.0)
+    for token in written.T:
+        x, _ = model(tokens)
+        assert int(token[0]) == int(jnp.argmax(x[0, -1] @ model.head[...]))
+        tokens = jnp.concatenate([tokens, token[None]], axis=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(depth=1, layers="unrolled"),
+        dict(depth=1, pattern=(rg_lru.Config(), glu.Config())),  # fewer layers than the pattern
+        dict(depth=2, pattern=(glu.Config(),)),  # stacked layers that keep nothing
+        dict(depth=2),
+    ],
+    ids=str,
+)
+def test_any_arrangement_of_layers_takes_documents_and_a_state(change):
+    """Layers one by one, stacked, or stacked and taken apart: a state goes on or starts anew."""
+    built = dataclasses.replace(SMALL, **change).build(nnx.Rngs(0))
+    inputs, _, _ = batch()
+    for model in (built, stacks.unrolled(built)):
+        state = model.init_state(2, 16)
+        _, state = model(inputs[:, :4], segments=jnp.full((2, 4), 1), state=state)
+        numbers = jnp.asarray([[1] * 4, [2] * 4])
+        x, _ = model(inputs[:, 4:8], segments=numbers, state=state)
+        assert_close(x[0], model(inputs[:1, :8])[0][0, 4:], np.float32, "goes on")
+        assert_close(x[1], model(inputs[1:, 4:8])[0][0], np.float32, "starts anew")
 
 
 def test_a_bidirectional_mixer_needs_the_masked_objective():

@@ -117,6 +117,33 @@ def test_a_carried_state_reads_the_batch_before():
     assert_close(total, built.loss(**rows, segments=ids)[0], np.float32, "two batches")
 
 
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+def test_a_state_is_carried_however_layers_are_arranged(layers):
+    """As `carry_state=True` with the quickstart, whose layers are unrolled."""
+    experiment = Experiment(
+        model=lm.Config(
+            width=32, depth=1, pattern=(rg_lru.Config(),), layers=layers, dtype="float32"
+        ),
+        steps=2,
+        carry_state=True,
+        data=Data(batch=BATCH, length=LENGTH),
+    )
+    mesh = on_devices({"data": 1})
+    with sharding.on(mesh):
+        trainer = make_trainer(experiment, mesh, np.ones(257))
+        rows = batch(0)
+        rows["segments"][:] = 7
+        state, _ = trainer.step(trainer.init(), put_batch(trainer.batch, rows))
+        params, carry = jax.tree.map(jnp.array, (state.params, state.carry))  # a step donates them
+        _, metrics = trainer.step(state, put_batch(trainer.batch, rows))
+    rows["weights"] = rows["weights"] / (BATCH * LENGTH)
+    rows, model = jax.tree.map(jnp.asarray, rows), nnx.merge(trainer.graph, params)
+    want, _, _ = model.training_loss(**rows, state=carry)
+    fresh, _ = model.loss(**rows)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
+    assert float(metrics["loss"]) != pytest.approx(float(fresh), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
 def test_schedules_rise_hold_and_end(name):
     config = Optimizer(schedule=name, learning_rate=1.0, warmup_steps=10, decay_fraction=0.2)
