@@ -21,6 +21,13 @@ from data import corpora
 
 # What a normalizer, a prefix space or a whitespace splitter would change.
 _PROBES = ("Def f(x):\n\treturn 'nai\u0308ve ☃ 𝔘 ﬁ'\r\n\n  # 42\0 end ", "  two  spaces")
+_KEEP = (
+    "ByteLevel",
+    "Split",
+    "Digits",
+    "Punctuation",
+    "Sequence",
+)  # pre-tokenizers that only split
 _INVALID = re.compile("([\udc80-\udcff]+)")
 
 
@@ -105,16 +112,47 @@ def _bpe(file: Path) -> Tokenizer:
     model.no_padding()
     model.no_truncation()
     pieces, singles = _pieces(model)
-    encode = _encoder(model, singles)
+    encode = _encoder(model, pieces, singles, str(file))
     name = f"bpe:{file}"
     tokenizer = Tokenizer(name, hashlib.sha256(text).hexdigest(), pieces, encode)
-    probes = (probe.encode() for probe in _PROBES)
-    if -1 in singles or any(tokenizer.decode_bytes(encode(p)) != p for p in probes):
+    fault = _fault(json.loads(text))
+    if not fault and -1 in singles:
+        fault = "not all 256 bytes are in its vocabulary"
+    if fault:
         raise ValueError(
-            f"{str(file)!r} loses bytes: it must be a byte-level BPE with all 256 bytes in its "
-            "vocabulary, no normalizer and no added prefix space"
+            f"{str(file)!r} loses bytes: it must be a byte-level BPE that keeps every byte of a "
+            f"text, but {fault}"
         )
+    for probe in _PROBES:  # what the rules above do not know of
+        encode(probe.encode())
     return tokenizer
+
+
+def _fault(described: dict[str, Any]) -> str:
+    """Which part of a tokenizers JSON file changes text, drops some or adds some ("": none)."""
+    model = described["model"]
+    if model.get("type", "BPE") != "BPE":
+        return f"its model is {model['type']}"
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            return f"its model has {name}={model[name]!r}"
+    if (normalizer := described.get("normalizer")) and normalizer.get("normalizers") != []:
+        return f"it has a normalizer ({normalizer['type']})"
+    for token in described.get("added_tokens", ()):
+        for side in ("lstrip", "rstrip"):
+            if token.get(side):
+                return f"its added token {token['content']!r} takes the spaces beside it ({side})"
+    splitters = [described.get("pre_tokenizer") or {"type": "none"}]
+    kinds = set()
+    while splitters:
+        one = splitters.pop()
+        splitters += one.get("pretokenizers", ())
+        kinds.add(one["type"])
+        if one.get("add_prefix_space"):
+            return "it adds a space before a text (add_prefix_space)"
+        if one["type"] not in _KEEP or one.get("behavior") == "Removed":
+            return f"its pre_tokenizer {one['type']} drops what it splits at"
+    return "" if "ByteLevel" in kinds else "its pre_tokenizer is not ByteLevel"
 
 
 def _pieces(model) -> tuple[tuple[bytes, ...], np.ndarray]:
@@ -134,8 +172,11 @@ def _pieces(model) -> tuple[tuple[bytes, ...], np.ndarray]:
     return tuple(pieces), singles
 
 
-def _encoder(model, singles: np.ndarray) -> Callable[[bytes], np.ndarray]:
-    """UTF-8 goes through the model; each byte that is no UTF-8 becomes its own single-byte id."""
+def _encoder(model, pieces, singles: np.ndarray, file: str) -> Callable[[bytes], np.ndarray]:
+    """UTF-8 goes through the model; each byte that is no UTF-8 becomes its own single-byte id.
+
+    What comes out is read back: a text that the file's rules change is an error, whatever they are.
+    """
 
     def encode(data: bytes) -> np.ndarray:
         ids = []
@@ -145,6 +186,11 @@ def _encoder(model, singles: np.ndarray) -> Callable[[bytes], np.ndarray]:
                 ids.extend(singles[raw].tolist())
             elif run:
                 ids.extend(model.encode(run, add_special_tokens=False).ids)
+        back = b"".join([pieces[i] for i in ids])
+        if back != data:
+            shared = os.path.commonprefix([back, data])
+            lost = data[max(0, len(shared) - 8) : len(shared) + 8]
+            raise ValueError(f"{file!r} loses bytes: the text about {lost!r} does not come back")
         return np.array(ids, np.int32)
 
     return encode

@@ -76,24 +76,81 @@ def test_added_tokens_and_invalid_bytes_keep_their_bytes(bpe, tmp_path):
     assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
 
 
-def lossy_files(folder: Path, good: str) -> dict[str, str]:
-    """Tokenizer files that must be refused, by what is wrong."""
-    described = json.loads(Path(good).read_text())
-    described["pre_tokenizer"]["add_prefix_space"] = True
+# What makes a file lossy: what its JSON says, and what the refusal must name.
+LOSSY = {
+    "prefix": ({"pre_tokenizer": {"add_prefix_space": True}}, "add_prefix_space"),
+    "unicode": ({"normalizer": {"type": "NFC"}}, "normalizer"),
+    "replaced": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "zz"}, "content": "z"}},
+        "normalizer",
+    ),
+    "removed": (
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"String": "zz"},
+                        "behavior": "Removed",
+                        "invert": False,
+                    },
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                ],
+            }
+        },
+        "Split drops",
+    ),
+    "random": ({"model": {"dropout": 0.5}}, "dropout"),
+    "ended": ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+}
+
+
+def changed(bpe: str, changes: dict, file: Path) -> str:
+    """The tokenizer `bpe` with `changes` in its JSON, in `file`."""
+    described = json.loads(Path(bpe.removeprefix("bpe:")).read_text())
+    for name, value in changes.items():
+        old = described[name] if isinstance(described[name], dict) and "type" not in value else {}
+        described[name] = old | value
+    file.write_text(json.dumps(described))
+    return f"bpe:{file}"
+
+
+@pytest.mark.parametrize("fault", LOSSY)
+def test_files_that_lose_bytes_are_refused(fault, bpe, tmp_path):
+    changes, named = LOSSY[fault]
+    with pytest.raises(ValueError, match=f"loses bytes: it must be a byte-level BPE.*{named}"):
+        open_tokenizer(changed(bpe, changes, tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_added_tokens_that_take_spaces_are_refused(side, bpe, tmp_path):
+    model = library.Tokenizer.from_file(bpe.removeprefix("bpe:"))
+    model.add_special_tokens([library.AddedToken("<|user|>", **{side: True})])
+    file = tmp_path / "user.json"
+    model.save(str(file))
+    assert model.encode("<|user|>\n a").ids != open_tokenizer(bpe).encode(b"<|user|>\n a").tolist()
+    with pytest.raises(ValueError, match=f"<|user|>.*{side}"):
+        open_tokenizer(f"bpe:{file}")
+
+
+def test_other_models_and_no_json_are_refused(tmp_path):
     words = library.Tokenizer(library.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    files = {"prefix": json.dumps(described), "words": words.to_str(), "no json": "{"}
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return {name: str(folder / name) for name in files}
-
-
-def test_files_that_lose_bytes_are_refused(bpe, tmp_path):
-    files = lossy_files(tmp_path, bpe.removeprefix("bpe:"))
-    for name in ("prefix", "words"):
-        with pytest.raises(ValueError, match="loses bytes: it must be a byte-level BPE"):
-            open_tokenizer(f"bpe:{files[name]}")
+    (tmp_path / "words").write_text(words.to_str())
+    with pytest.raises(ValueError, match="loses bytes: .*its model is WordLevel"):
+        open_tokenizer(f"bpe:{tmp_path / 'words'}")
+    (tmp_path / "none").write_text("{")
     with pytest.raises(ValueError, match="is no tokenizers JSON file"):
-        open_tokenizer(f"bpe:{files['no json']}")
+        open_tokenizer(f"bpe:{tmp_path / 'none'}")
+
+
+def test_a_text_that_does_not_come_back_is_an_error_whatever_lost_it(bpe, tmp_path, monkeypatch):
+    replace = {"normalizer": {"type": "Replace", "pattern": {"String": "zz"}, "content": "z"}}
+    monkeypatch.setattr(tokenizers, "_fault", lambda described: "")
+    tokenizer = open_tokenizer(changed(bpe, replace, tmp_path / "x.json"))
+    assert tokenizer.decode_bytes(tokenizer.encode(b"piano")) == b"piano"
+    with pytest.raises(ValueError, match="loses bytes: the text about b'pizza' does not come back"):
+        tokenizer.encode(b"pizza")
 
 
 @pytest.mark.parametrize(
