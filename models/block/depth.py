@@ -1,11 +1,12 @@
 """Mixture of depths: a router lets a share of the tokens through a block; the others pass by it.
 
-Mixture-of-Depths (arXiv 2404.02258, section 3). Deviation, so that a token never depends on later
-ones (the paper takes the best tokens of the whole sequence, and guesses when decoding): a token
-passes if its gate is above 1/2 and its document has let through less than `capacity` of its tokens
-so far; a loss holds the mean gate near `capacity`. Notable: the chosen tokens are moved together
-before the block, which then computes on `capacity` of the row; they are the only tokens that its
-mixers ever see.
+Mixture-of-Depths (arXiv 2404.02258, section 3, eq. 1). Deviation, so that a token never depends on
+later ones (the paper takes the best tokens of the whole sequence, and guesses when decoding): a
+token passes if its router's product is above 0 and its document has let through less than
+`capacity` of its tokens so far; a loss holds the mean sigmoid of the products near `capacity`.
+Notable: what the block adds is weighed by the product itself, as in the paper, so that nothing
+jumps where a token begins to pass. The chosen tokens are moved together before the block, which
+then computes on `capacity` of the row; they are the only tokens that its mixers ever see.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from models import cache, layers, mixer, reports
+from models.parts import capacity
 
 PARTS = 64  # the capacity is a multiple of 1 / PARTS: counts are compared in integers
 
@@ -30,7 +32,7 @@ class Config:
 
     block: Any
     capacity: float = 0.5  # share of a document's tokens that pass; the paper's best is 1/8
-    balance: float = 0.01  # weight of the loss that holds the mean gate there
+    balance: float = 0.01  # weight of the loss that holds the mean sigmoid there
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError for a capacity that lets nothing or everything through."""
@@ -38,7 +40,7 @@ class Config:
 
 
 class Mixer(mixer.Mixer):
-    """y_t = x_t + g_t (block(x)_t - x_t) where token t passes, else x_t; g_t = sigmoid(w x_t)."""
+    """y_t = x_t + r_t (block(x)_t - x_t) where token t passes, else x_t; r_t = w x_t."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         self.share = round(config.capacity * PARTS)
@@ -55,13 +57,11 @@ class Mixer(mixer.Mixer):
         ids_BT = jnp.ones((batch, length), jnp.int32) if segments is None else segments
         real_BT = boundaries.is_real(ids_BT)
         none = jnp.zeros(batch, jnp.int32)
-        old = state or {"block": None, "wanted": none, "place": none}
+        old = state or {"block": None, "passed": none, "place": none}
         wide = mixer.wide(x.dtype)
-        gate_BT = jax.nn.sigmoid(
-            jnp.einsum("btd,d->bt", x.astype(wide), self.router[...], precision="highest")
-        )
-        passes_BT, counts = self._admit((gate_BT > 0.5) & real_BT, old, segments)
-        self._report(gate_BT, passes_BT, real_BT)
+        route_BT = jnp.einsum("btd,d->bt", x.astype(wide), self.router[...], precision="highest")
+        passes_BT, counts = self._admit((route_BT > 0) & real_BT, old, segments)
+        self._report(route_BT, passes_BT, real_BT)
 
         # Chosen tokens first, in order; without a state their number is bounded by the capacity.
         room = length if state is not None else max(1, length * self.share // PARTS)
@@ -72,7 +72,7 @@ class Mixer(mixer.Mixer):
         within = None if state is None else _own(old["block"], ids_BT, chosen_BC, entering=True)
         y_BCD, after = self.block(x_BCD, segments=chosen_BC, state=within)
         change_BCD = jnp.where((chosen_BC != 0)[..., None], y_BCD - x_BCD, 0)
-        change_BCD = change_BCD * take(gate_BT)[..., None].astype(x.dtype)
+        change_BCD = change_BCD * take(route_BT)[..., None].astype(x.dtype)
         rows = jnp.arange(batch)[:, None]
         y = x.at[rows, order_BC].add(change_BCD, unique_indices=True)
         if state is not None:
@@ -80,24 +80,24 @@ class Mixer(mixer.Mixer):
         return y, {"block": after, **counts}
 
     def _admit(self, wants_BT, old, segments):
-        """Which tokens pass, and how many wanted to in the document so far."""
+        """Which tokens pass, and how many did in the document so far."""
         place_BT, place = cache.document_positions(old["place"], segments, wants_BT.shape[1])
-        marks_BT1 = wants_BT[..., None].astype(jnp.int32)
-        total_BT = cache.document_counts(marks_BT1, old["wanted"][:, None], segments)[..., 0]
         limit_BT = (place_BT + 1) * self.share // PARTS
-        return wants_BT & (total_BT <= limit_BT), {"wanted": total_BT[:, -1], "place": place}
+        wants_BT1 = wants_BT[..., None].astype(jnp.int32)
+        passes_BT1, passed = capacity.admit(wants_BT1, limit_BT, old["passed"][:, None], segments)
+        return passes_BT1[..., 0], {"passed": passed[:, 0], "place": place}
 
-    def _report(self, gate_BT, passes_BT, real_BT):
+    def _report(self, route_BT, passes_BT, real_BT):
         count = jnp.maximum(real_BT.sum(), 1)
-        mean = jnp.sum(jnp.where(real_BT, gate_BT, 0)) / count
+        mean = jnp.sum(jnp.where(real_BT, jax.nn.sigmoid(route_BT), 0)) / count
         reports.loss("depth", self.balance * jnp.square(mean - self.share / PARTS))
         reports.measure("depth_passed", passes_BT.sum() / count)
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
-        """The block's, and how many tokens of the document wanted to pass, of how many."""
+        """The block's, and how many tokens of the document passed, of how many."""
         return {
             "block": self.block.init_state(batch, capacity, dtype),
-            "wanted": jnp.zeros(batch, jnp.int32),
+            "passed": jnp.zeros(batch, jnp.int32),
             "place": jnp.zeros(batch, jnp.int32),
         }
 

@@ -1,7 +1,8 @@
 """Mixtures whose experts keep a limited share of a document: Switch and GShard.
 
-The papers count the choices of a group of tokens, in which a later token or another document takes
-room: packing and decoding would then change results. Here the count runs along the document.
+The papers give an expert a fixed number of choices in a group of tokens, in which a later token or
+another document takes room: packing and decoding would then change results. Here the number grows
+along the document, and what was refused takes no room of it.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kernels import segments as boundaries
 from models import cache, layers, mixer, reports
 from models.parts import routing
 
@@ -85,7 +87,7 @@ def check(factor: float, least: int) -> None:
 
 
 def empty_counts(batch: int, experts: int) -> dict[str, Array]:
-    """The state of `keep`: choices of each expert in the document so far, and its tokens."""
+    """The state of `keep`: choices kept of each expert in the document so far, and its tokens."""
     counts = jnp.zeros((batch, experts), jnp.int32)
     return {"counts": counts, "place": jnp.zeros(batch, jnp.int32)}
 
@@ -100,20 +102,43 @@ def keep(
 ) -> tuple[Int[Array, "B T J"], dict[str, Array]]:
     """The choices within capacity (none for the others), and the state after them.
 
-    The token at place t of its document, from 0, keeps expert e if its choice of e is among the
-    document's first max(least, ceil(factor J (t + 1) / E)). The limit is worked out in integers
+    The token at place t of its document, from 0, keeps expert e if the document has kept e less
+    than max(least, ceil(factor J (t + 1) / E)) times before. The limit is worked out in integers
     (`factor` to a 64th): its rounding must not depend on the dtype.
     """
     experts = state["counts"].shape[1]
     hot_BTE = routing.hot(expert_BTJ, experts)
-    total_BTE = cache.document_counts(hot_BTE, state["counts"], segments)
     place_BT, place = cache.document_positions(state["place"], segments, expert_BTJ.shape[1])
     share = fractions.Fraction(factor).limit_denominator(64) * expert_BTJ.shape[2] / experts
     limit_BT = -(-(place_BT + 1) * share.numerator // share.denominator)
-    limit_BT1 = jnp.maximum(limit_BT, least)[..., None]
-    own_BTJ = jnp.take_along_axis(total_BTE, jnp.minimum(expert_BTJ, experts - 1), axis=2)
-    kept_BTJ = jnp.where(own_BTJ <= limit_BT1, expert_BTJ, experts)
-    return kept_BTJ, {"counts": total_BTE[:, -1], "place": place}
+    limit_BT = jnp.maximum(limit_BT, least)
+    within_BTE, counts = admit(hot_BTE, limit_BT, state["counts"], segments)
+    own_BTJ = jnp.take_along_axis(within_BTE, jnp.minimum(expert_BTJ, experts - 1), axis=2)
+    kept_BTJ = jnp.where(own_BTJ, expert_BTJ, experts)
+    return kept_BTJ, {"counts": counts, "place": place}
+
+
+def admit(
+    wants_BTE: Int[Array, "B T E"],
+    limit_BT: Int[Array, "B T"],
+    before_BE: Int[Array, "B E"],
+    segments: Int[Array, "B T"] | None,
+) -> tuple[Bool[Array, "B T E"], Int[Array, "B E"]]:
+    """c_t = min(c_{t-1} + wants_t, limit_t): which of `wants` (0 or 1) are let in, and the last c.
+
+    c counts along a document, from `before` in the row's first one; `limit` never falls within a
+    document. In parallel: c is all that wanted, less the most by which that ever was too much.
+    """
+    total_BTE = jnp.cumsum(wants_BTE, axis=1, dtype=jnp.int32) + before_BE[:, None]
+    earlier_BTE = jnp.zeros_like(total_BTE)
+    if segments is not None:  # what wanted before the document, so that sums never fall
+        start_BT1 = boundaries.starts(segments)[..., None]
+        earlier_BTE = jax.lax.cummax(jnp.where(start_BT1, total_BTE - wants_BTE, 0), axis=1)
+    over_BTE = jnp.maximum(total_BTE - earlier_BTE - limit_BT[..., None], 0)
+    out_BTE = jax.lax.cummax(earlier_BTE + over_BTE, axis=1)
+    last_BTE = jnp.pad(out_BTE[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    refused_BTE = out_BTE > jnp.maximum(last_BTE, earlier_BTE)
+    return (wants_BTE > 0) & ~refused_BTE, (total_BTE - out_BTE)[:, -1]
 
 
 def dropped(

@@ -173,16 +173,16 @@ def test_yoco_makes_keys_and_values_once():
 
 def passing(block, x, segments=None):
     """Which tokens a depth block lets through, by its own rule in plain Python."""
-    gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, block.router[...]))
-    found = np.zeros(gate.shape, bool)
+    wants = np.asarray(jnp.einsum("btd,d->bt", x, block.router[...])) > 0
+    found = np.zeros(wants.shape, bool)
     for row in range(x.shape[0]):
-        place = wanted = 0
+        read = passed = 0
         for t in range(x.shape[1]):
             if segments is not None and t and segments[row, t] != segments[row, t - 1]:
-                place = wanted = 0
-            place += 1
-            wanted += bool(gate[row, t] > 0.5)
-            found[row, t] = gate[row, t] > 0.5 and wanted <= place * block.share // depth.PARTS
+                read = passed = 0
+            read += 1
+            found[row, t] = wants[row, t] and passed + 1 <= read * block.share / 64
+            passed += found[row, t]
     return found
 
 
@@ -196,6 +196,26 @@ def test_depth_lets_a_share_of_each_document_through(capacity):
     changed = np.asarray(jnp.any(y != x, axis=-1))
     np.testing.assert_array_equal(changed, chosen)
     assert 0 < chosen.mean() <= capacity
+
+
+def test_depth_refusals_take_no_room():
+    """All 16 tokens want to pass and a quarter may: every fourth does, weighed by its product 1."""
+    block = depth.Config(residual.Config(PARTS[1]), capacity=0.25).build(4, nnx.Rngs(0))
+    block.router[...] = jnp.asarray([1.0, 0, 0, 0])
+    x = jnp.ones((1, 16, 4))
+    y, _ = block(x)
+    assert np.flatnonzero(np.any(np.asarray(y != x)[0], -1)).tolist() == [3, 7, 11, 15]
+    close(y[0, 3], block.block(x)[0][0, 3], "product of 1")
+    block.router[...] = jnp.asarray([0.5, 0, 0, 0])
+    close(block(x)[0][0, 3] - 1, (y[0, 3] - 1) / 2, "product of 1/2")
+
+
+def test_depth_lets_about_its_share_through_at_the_start():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1024, WIDTH)), jnp.float32)
+    block = built(depth.Config(residual.Config(PARTS[1]), capacity=0.25))
+    with reports.collecting() as found:
+        block(x)
+    assert 0.2 < float(found["measures"]["depth_passed"][0]) <= 0.25
 
 
 def test_depth_computes_on_its_share_alone():

@@ -85,15 +85,15 @@ def naive_dropless(config, p, x):
 
 def naive_capacity(config, p, x, choices):
     """Switch (1 choice) and GShard (2): an expert's limit grows along the document."""
-    y, chosen = np.zeros_like(x), np.zeros(config.experts)
+    y, kept = np.zeros_like(x), np.zeros(config.experts)
     for t, token in enumerate(x):
         probs = softmax(token @ p["router"])
         picked = best(probs, choices)
         limit = math.ceil(config.capacity_factor * choices * (t + 1) / config.experts)
         total = probs[picked].sum() if choices > 1 else 1
         for e in picked:
-            chosen[e] += 1
-            if chosen[e] <= max(limit, config.least):
+            if kept[e] < max(limit, config.least):
+                kept[e] += 1
                 y[t] += probs[e] / total * expert(p["experts"], e, token, relu)
     return y
 
@@ -268,16 +268,24 @@ def test_capacity_drops_in_these_tests(name):
     assert 0.02 < measures["dropped"] < 0.5
 
 
-def test_capacity_counts_choices_along_the_document():
-    """Two experts, factor 1, at least 1: expert 0 keeps its 1st choice, then (t + 1) / 2."""
+def test_capacity_counts_kept_choices_along_the_document():
+    """Two experts, factor 1, at least 1: up to token t expert 0 keeps (t + 1) / 2, rounded up."""
     expert = jnp.asarray([[0, 0, 0, 1, 0, 2, 0, 0, 0]])[..., None]
     ids = jnp.asarray([[1, 1, 1, 1, 1, 0, 2, 2, 2]])
     keep = jit(functools.partial(capacity.keep, factor=1.0, least=1))
     kept, state = keep(expert, capacity.empty_counts(1, 2), ids)
-    assert kept[0, :, 0].tolist() == [0, 2, 2, 1, 2, 2, 0, 2, 2]
-    assert state["counts"].tolist() == [[3, 0]] and state["place"].tolist() == [3]
-    more, _ = keep(jnp.asarray([[[1]]]), state, None)
-    assert more.tolist() == [[[1]]]
+    assert kept[0, :, 0].tolist() == [0, 2, 0, 1, 0, 2, 0, 2, 0]
+    assert state["counts"].tolist() == [[2, 0]] and state["place"].tolist() == [3]
+    more, _ = keep(jnp.asarray([[[1], [0], [0]]]), state, None)
+    assert more.tolist() == [[[1], [0], [2]]]
+
+
+def test_an_overloaded_expert_keeps_its_share_to_the_end():
+    """All of 64 tokens choose one of four experts: it keeps a quarter of them, not the first 8."""
+    expert = jnp.zeros((1, 64, 1), jnp.int32)
+    kept, _ = capacity.keep(expert, capacity.empty_counts(1, 4), None, factor=1.0, least=8)
+    at = np.flatnonzero(np.asarray(kept)[0, :, 0] == 0)
+    assert at.tolist() == [*range(8), *range(32, 64, 4)]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
