@@ -39,7 +39,7 @@ CASES = {"expert_choice": Config()}
 
 
 class Mixer(mixer.Mixer):
-    """y_t = sum over the experts e that took t of p_te relu(x W_e) V_e, p = softmax(x W_r)."""
+    """y_t = sum over the experts e that took t of p_te gelu(x W_e) V_e, p = softmax(x W_r)."""
 
     causal = False
 
@@ -58,7 +58,7 @@ class Mixer(mixer.Mixer):
             width,
             hidden,
             rngs,
-            activation=jax.nn.relu,
+            activation=jax.nn.gelu,
             gated=False,
             share=min(1.0, config.capacity_factor / config.experts),
         )

@@ -1,9 +1,11 @@
 """MoE++: a mixture some of whose experts cost nothing: zero, copy and constants.
 
 MoE++ (arXiv 2410.07348, eqs. 3 to 5 and 7). Notable: a token spends as much as the router thinks it
-worth. The loss asks of the free experts `tau` times less evenness than of the others. Left out: the
-router's residual from the layer before (a layer stands alone), and the capacity (as in MegaBlocks
-nothing is dropped). The experts are SwiGLU.
+worth. The loss asks of the free experts `tau` times less evenness than of the others. As in the
+released code, and not in eq. 3, the weights of a token sum to 1 over the experts that it chose, the
+zero one left out. Left out of that code: the router's residual from the layer before (a layer
+stands alone), its tanh layer, its doubled inputs, and the capacity (as in MegaBlocks nothing is
+dropped). The experts are SwiGLU.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ CASES = {"zero_computation": Config()}
 
 
 class Mixer(mixer.Mixer):
-    """y = sum over the top k of p = softmax(x W_r) of p_e f_e(x); no state.
+    """y = sum of p_e f_e(x) / sum of p_e, of the top k of p = softmax(x W_r) but zero; no state.
 
     Experts in order: SwiGLU ones; f(x) = 0; f(x) = x; f(x) = a_1 x + a_2 v, a = softmax(x W_c).
     """
@@ -60,8 +62,8 @@ class Mixer(mixer.Mixer):
             share=config.top_k / total,
         )
         self.mix = layers.inward(rngs, width, (config.constants, 2), ("experts", "parts"))
-        init = layers.fan_in(width)
-        self.vectors = layers.weight(rngs, init, (config.constants, width), ("experts", "embed"))
+        shape = (config.constants, width)
+        self.vectors = layers.weight(rngs, layers.normal(1.0), shape, ("experts", "embed"))
         self.top_k, self.balance, self.tau = config.top_k, config.balance, config.tau
 
     def __call__(self, x, *, segments=None, state=None):
@@ -72,7 +74,12 @@ class Mixer(mixer.Mixer):
         count = self.experts.up.shape[0]
         reports.loss("balance", self.balance * self._uneven(probs_BTE, hot_BTE, real_BT))
         routing.measure(probs_BTE, hot_BTE, real_BT)
-        gates_BTE = (hot_BTE * probs_BTE)[..., count + 1 :].astype(x.dtype)
+        weight_BTJ = jnp.where(expert_BTJ == count, 0, weight_BTJ)
+        total_BT1 = weight_BTJ.sum(-1, keepdims=True)
+        # A token that chose the zero expert alone has weights of zero, not 0 / 0.
+        total_BT1 = jnp.where(total_BT1 > 0, total_BT1, 1)
+        weight_BTJ = weight_BTJ / total_BT1
+        gates_BTE = (hot_BTE * probs_BTE / total_BT1)[..., count + 1 :].astype(x.dtype)
         y = self.experts(x, jnp.minimum(expert_BTJ, count), weight_BTJ)
         return y + gates_BTE[..., :1] * x + self._constant(x, gates_BTE[..., 1:]), ()
 

@@ -5,11 +5,14 @@ Notable: the average, several damped real modes a channel, is the only path betw
 head has keys of few numbers, made of one shared projection; a reset gate weighs what attention read
 and an update gate how much of the result replaces the input. The bias of two positions is the
 rotary one of the released code, alpha^T R_{s-t} beta, which adds entries to queries and keys.
-Chunks are counted inside a document. The block around it normalises x and adds the residual, so
-the update gate gives phi * (h - x) here.
+Chunks are counted inside a document. As in the released pre-norm layer, the update gate goes from
+the stream itself, not its norm, to h, so this is a block; its norm is an RMS norm, one of the
+released choices. The pattern `mega,glu` adds the channel mixer that follows in the paper. Maps
+start with variance 1 / inputs (released: a deviation of 0.02).
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +23,20 @@ from kernels import segments as boundaries
 from kernels.attention import attention, cached_attention
 from models import cache, layers, mixer
 from models.parts import diagonal
+from parallel.sharding import constrain
 
 
 @dataclasses.dataclass
 class Config:
     """Attention in chunks of `chunk` tokens after an average of `modes` numbers a channel."""
 
+    is_block: ClassVar[bool] = True
+
     modes: int = 16  # h of the paper
     key_dim: int = 0  # z of the paper; 0: a quarter of the width
     value_dim: int = 0  # v of the paper; 0: twice the width
     chunk: int = 128
+    norm_eps: float = 1e-6
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError for an odd key_dim and sizes below 1."""
@@ -40,10 +47,10 @@ CASES = {"mega": Config()}
 
 
 class Mixer(mixer.Mixer):
-    """u = EMA(x), z = silu(u W_z), o = softmax(q k^T + b) v in chunks, v = silu(x W_v).
+    """y = x + phi * (h - x), phi = sigmoid(u W_phi), h = silu(u W_h + (r * o) U_h), u = EMA(n).
 
-    q = gain_q z + offset_q and k likewise; h = silu(u W_h + (r * o) U_h), y = phi * (h - x) with
-    r = silu(u W_r) and phi = sigmoid(u W_phi).
+    n = norm(x); o = softmax(q k^T + b) v in chunks, v = silu(n W_v), z = silu(u W_z),
+    q = gain_q z + offset_q and k likewise; r = silu(u W_r).
     """
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
@@ -58,6 +65,7 @@ class Mixer(mixer.Mixer):
         if value < 1:
             raise ValueError(f"value_dim={value} is negative. Use 0 (twice the width) or more.")
         shape, dims = (width, config.modes), ("channels", "state")
+        self.norm = layers.RMSNorm(width, rngs, config.norm_eps)
         small = layers.normal(0.2)
         self.alpha = layers.weight(rngs, small, shape, dims)
         self.delta = layers.weight(rngs, small, shape, dims)
@@ -82,14 +90,15 @@ class Mixer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         training = state is None
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if training else state
-        u_BTD, average = self._average(x, segments, None if training else old["average"])
+        n_BTD = self.norm(x)
+        u_BTD, average = self._average(n_BTD, segments, None if training else old["average"])
         place_BT, length_B = cache.document_positions(old["length"], segments, x.shape[1])
         q_BTK, k_BTK = self._query_and_key(u_BTD, place_BT)
-        v_BTV = layers.project("btd,dv->btv", x, self.v) + self.v_bias[...]
+        v_BTV = layers.project("btd,dv->btv", n_BTD, self.v) + self.v_bias[...]
         v_BTV = jax.nn.silu(v_BTV).astype(x.dtype)
         past = {"k": old["k"], "v": old["v"], "length": old["length"]}
         o_BTV = self._attend(q_BTK, k_BTK, v_BTV, place_BT, segments, None if training else past)
-        y = self._gated(x, u_BTD, o_BTV)
+        y = constrain(self._gated(x, u_BTD, o_BTV), "batch", "time", "embed")
         fresh = {"k": k_BTK, "v": v_BTV}
         kept = {
             name: self._write(past[name], fresh[name], place_BT, length_B, segments)
@@ -180,12 +189,13 @@ class Mixer(mixer.Mixer):
         return kept_BSK.at[rows_B1, slot_BT].set(new_BTK.astype(old_BSK.dtype), mode="drop")
 
     def _gated(self, x, u_BTD, o_BTV):
-        """phi * (silu(u W_h + (r * o) U_h + b_h) - x): section 3.3 without the residual."""
+        """x + phi * (silu(u W_h + (r * o) U_h + b_h) - x), the sum in the wide dtype."""
         r_BTV = jax.nn.silu(layers.project("btd,dv->btv", u_BTD, self.r) + self.r_bias[...])
         gate_BTPD = layers.project("btd,dpc->btpc", u_BTD, self.gate) + self.gate_bias[...]
         read_BTD = layers.project("btv,vd->btd", (r_BTV * o_BTV).astype(x.dtype), self.o)
         h_BTD = jax.nn.silu(gate_BTPD[:, :, 1] + read_BTD)
-        return (jax.nn.sigmoid(gate_BTPD[:, :, 0]) * (h_BTD - x)).astype(x.dtype)
+        stream = x.astype(mixer.wide(x.dtype))
+        return (stream + jax.nn.sigmoid(gate_BTPD[:, :, 0]) * (h_BTD - stream)).astype(x.dtype)
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Keys and values of an open chunk, the average's modes, and the document's length."""

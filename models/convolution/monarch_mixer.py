@@ -3,9 +3,11 @@
 Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture (arXiv 2310.12109, sections 3 and 4).
 Notable: both axes are mixed by structured matrices: time by long convolutions, whose transforms are
 Monarch matrices, channels by products of block-diagonal ones. The encoder's form (M2-BERT) looks
-both ways and adds a second, ungated convolution of the input. The projections are Monarch maps
-here, as in the paper's layer; the released M2-BERT keeps them dense and has blocks in its MLPs
-alone. Filters are Hyena's and reach `length` tokens.
+both ways and adds a second, ungated convolution of the input; a filter ahead begins at the token
+itself, as in the released convolution (its later FlashFFTConv path begins at the next token). The
+projections are Monarch maps here, as in the paper's layer; the released M2-BERT keeps them dense
+and has blocks in its MLPs alone. Filters are Hyena's, of one network (released: one a filter), and
+reach `length` tokens.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ class Config:
     conv: int = 3  # of the projections
     filter_hidden: int = 64
     filter_bands: int = 16  # sines and cosines of the lag that the filters' network reads
+    filter_frequency: float = 10.0  # of that network's sines
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError where blocks does not divide the width, or filters do not fit."""
@@ -82,6 +85,7 @@ class Mixer(mixer.Mixer):
             rngs,
             hidden=config.filter_hidden,
             bands=config.filter_bands,
+            frequency=config.filter_frequency,
         )
         skips = (1 if self.causal else 2, width)
         self.skips = layers.weight(rngs, layers.normal(1.0), skips, ("parts", "channels"))
@@ -133,10 +137,9 @@ class Encoder(Mixer):
 
 
 def _both_ways(x_BTC, filters_2LC, skip, segments):
-    """skip x_t + sum_{l >= 0} back[l] x_{t-l} + sum_{l > 0} ahead[l - 1] x_{t+l}."""
+    """skip x_t + sum_{l >= 0} (back[l] x_{t-l} + ahead[l] x_{t+l})."""
     back, ahead = filters_2LC
     y_BTC, _ = long_conv(x_BTC, back, skip, segments=segments)
-    ahead = jnp.pad(ahead, ((1, 0), (0, 0)))
     mirrored = None if segments is None else segments[:, ::-1]
     z_BTC, _ = long_conv(x_BTC[:, ::-1], ahead, segments=mirrored)
     return y_BTC + z_BTC[:, ::-1]

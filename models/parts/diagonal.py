@@ -162,12 +162,15 @@ def times(a: Float[Array, "2 ..."], b: Float[Array, "2 ..."]) -> Float[Array, "2
     return jnp.stack([a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]])
 
 
-def zero_order_hold(dt: Array, rate: Array, frequency: Array) -> tuple[Array, Array, Array]:
+def zero_order_hold(
+    dt: Array, rate: Array, frequency: Array, turn: Array | None = None
+) -> tuple[Array, Array, Array]:
     """log|abar|, arg abar and bbar of h' = a h + x, a = -rate + i frequency.
 
-    abar = exp(dt a), bbar = (abar - 1) / a (arXiv 2206.11893, eq. 3). `dt` broadcasts.
+    abar = exp(dt a), bbar = (abar - 1) / a (arXiv 2206.11893, eq. 3). `dt` broadcasts; `turn` is
+    the step of the frequency where that has one of its own.
     """
-    log_decay, phase = -dt * rate, dt * frequency
+    log_decay, phase = -dt * rate, (dt if turn is None else turn) * frequency
     # exp(z) - 1 without the loss of digits where z is small.
     real = jnp.expm1(log_decay) - 2 * jnp.exp(log_decay) * jnp.square(jnp.sin(phase / 2))
     grown = jnp.stack([real, jnp.exp(log_decay) * jnp.sin(phase)])

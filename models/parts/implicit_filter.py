@@ -1,8 +1,8 @@
 """Implicit filters: long convolution kernels that a small network computes from the lag.
 
-Hyena (arXiv 2302.10866, section 3.3 and appendix D.3), as in its released code but for the scale of
-the last map, which there lets the filters' energy grow with their length, and for the last lag,
-which there counts as 1 and here as 1 - 1 / L.
+Hyena (arXiv 2302.10866, section 3.3 and appendix D.3), as in its released code, first weights
+included, but for those of the last map: there they let the filters' energy grow with their length,
+here the sum of a filter's squares starts near 1.
 """
 
 import math
@@ -14,14 +14,15 @@ from jaxtyping import Array, Float
 
 from models import layers
 
-FASTEST, SLOWEST, LEFT = 0.3, 1.5, 0.01  # shares of the length after which a window is at LEFT
+# A window falls to 1 / 100 after 1.5 lengths in the first channel, 0.3 lengths in the last one.
+SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
 
 
 class ImplicitFilter(nnx.Module):
-    """h_l = exp(-rate |l| / L) * (MLP(features(l)) of sines), for lags l below `length`.
+    """h_l = exp(-rate t) * (MLP(features(l)) of sines), t = l / (L - 1), for lags l below `length`.
 
-    Features are l / L and `bands` sines and cosines; the rates are spread over the channels, the
-    first forgetting fastest, and are not trained, as in the released code.
+    Features are t and `bands` cosines and sines of 2 pi l / L; the rates are evenly spread over the
+    channels, the last forgetting fastest, and are not trained.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class ImplicitFilter(nnx.Module):
             raise ValueError(f"{name}={value} of an implicit filter must be at least 1.")
         features = 1 + 2 * bands
         maps = ((features, hidden), (hidden, hidden), (hidden, hidden))
-        self.maps = nnx.List(
-            [layers.weight(rngs, layers.fan_in(n), (n, m), ("rank", "rank")) for n, m in maps]
-        )
-        self.biases = nnx.List([layers.filled(rngs, 0.0, (hidden,), ("rank",)) for _ in maps])
+        start = lambda shape, n, dims: layers.weight(rngs, _uniform(n), shape, dims)
+        self.maps = nnx.List([start((n, m), n, ("rank", "rank")) for n, m in maps])
+        self.biases = nnx.List([start((m,), n, ("rank",)) for n, m in maps])
         self.frequency = layers.filled(rngs, frequency, (hidden,), ("rank",))
-        # With it the sum of a filter's squares is near 1, whatever its length.
-        energy = layers.fan_in(hidden, gain=8 / math.sqrt(length))
+        square = _mean_square([n for n, _ in maps], (bands + 1 / 3) / features, frequency)
+        windows = length * math.log(FASTEST / SLOWEST) / (FASTEST - SLOWEST) / 2
+        energy = layers.fan_in(hidden, gain=1 / math.sqrt(square * windows))
         self.out = layers.weight(
             rngs, energy, (hidden, count, width), ("rank", "parts", "channels")
         )
@@ -56,12 +57,32 @@ class ImplicitFilter(nnx.Module):
 
     def __call__(self, length: int) -> Float[Array, "F L D"]:
         """The filters at the lags below `length`, which may be shorter than they reach."""
-        lag = jnp.arange(min(length, self.length), dtype=self.out.dtype)[:, None] / self.length
-        band = jnp.linspace(1e-4, self.bands - 1, self.bands, dtype=lag.dtype)
-        angle = 2 * math.pi * band * lag
-        h = jnp.concatenate([lag, jnp.cos(angle), -jnp.sin(angle)], axis=1)
-        rates = -math.log(LEFT) / jnp.linspace(FASTEST, SLOWEST, self.out.shape[2], dtype=lag.dtype)
+        dtype, count = self.out.dtype, min(length, self.length)
+        lag = jnp.arange(count, dtype=dtype)[:, None]
+        time, band = (
+            lag / (self.length - 1),
+            jnp.linspace(1e-4, self.bands - 1, self.bands, dtype=dtype),
+        )
+        angle = 2 * math.pi / self.length * band * lag
+        h = jnp.concatenate([time, jnp.cos(angle), -jnp.sin(angle)], axis=1)
+        rates = jnp.linspace(SLOWEST, FASTEST, self.out.shape[2], dtype=dtype)
         with jax.default_matmul_precision("highest"):  # sines of sines: errors would grow
             for w, bias in zip(self.maps, self.biases, strict=True):
                 h = jnp.sin(self.frequency[...] * (h @ w[...] + bias[...]))
-            return jnp.einsum("lr,rfd->fld", h, self.out[...]) * jnp.exp(-rates * lag)
+            return jnp.einsum("lr,rfd->fld", h, self.out[...]) * jnp.exp(-rates * time)
+
+
+def _uniform(inputs):
+    """Of torch's maps and their biases: +-1 / sqrt(inputs), variance 1 / (3 inputs)."""
+    bound = 1 / math.sqrt(inputs)
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _mean_square(inputs, square, frequency):
+    """Of sines after maps of so many inputs, whose own mean square is `square` at first.
+
+    The mean of sin(z)^2 is (1 - exp(-2 s)) / 2 for a normal z of variance s.
+    """
+    for n in inputs:
+        square = (1 - math.exp(-2 * frequency**2 * (square + 1 / n) / 3)) / 2
+    return square

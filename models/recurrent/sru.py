@@ -3,8 +3,9 @@
 Simple Recurrent Units for Highly Parallelizable Recurrence (arXiv 1709.02755, version 5, eqs. 1 to
 4). Notable: all large products are over whole rows; what remains token by token is elementwise, yet
 nonlinear (v * c_{t-1} inside the gates), so it is a loop. The highway is scaled by alpha, section
-3.2, which keeps the variance at the start. Vectors v start uniform in [-1, 1] as in the released
-code. Deviation: the state is as wide as the stream, as the highway asks (the paper would project).
+3.2, which keeps the variance at the start. All weights start uniform as in the released code: maps
+of variance 1 / D, and half of it for the gates', whose vectors v have variance 1 / 2. Deviation:
+the state is as wide as the stream, as the highway asks (the paper would project).
 """
 
 import dataclasses
@@ -44,9 +45,8 @@ class Mixer(mixer.Mixer):
                 f"most 20. Use {near}; usual: 0.0 to -3.0."
             )
         dims = ("parts", "channels")
-        self.w = layers.inward(rngs, width, (3, width), dims)
-        one = lambda key, shape: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
-        self.v = layers.weight(rngs, one, (2, width), dims)
+        self.w = layers.weight(rngs, _maps, (width, 3, width), ("embed", *dims))
+        self.v = layers.weight(rngs, _uniform(0.5), (2, width), dims)
         start = jnp.asarray([0.0, config.highway_bias])[:, None]
         self.bias = layers.weight(
             rngs, lambda key, shape: jnp.broadcast_to(start, shape), (2, width), dims
@@ -75,3 +75,14 @@ def _step(v_PC, c_BC, inputs):
     forget_BC, reset_BC = gates_BPC[:, 0], gates_BPC[:, 1]
     c_BC = forget_BC * c_BC + (1 - forget_BC) * u_BC
     return c_BC, reset_BC * c_BC + (1 - reset_BC) * highway_BC
+
+
+def _uniform(variance):
+    bound = math.sqrt(3 * variance)
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _maps(key, shape):
+    """Of the candidate and both gates (D, 3, C)."""
+    share = jnp.sqrt(jnp.asarray([1.0, 0.5, 0.5]))[:, None]
+    return share * _uniform(1 / shape[0])(key, shape)

@@ -2,7 +2,9 @@
 
 S2-Attention: Hardware-Aware Context Sharding Among Attention Heads (arXiv 2407.17678, section 3).
 Notable: a head's shard is a set of blocks that does not move with the query, so what a head does
-not see now it never needs again. The decoding state here still holds every block for every head.
+not see now it never needs again. As in the released library (dkernel), heads that share keys and
+values share the shard too, so that this holds for the keys of grouped heads. The decoding state
+here still holds every block for every key head.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ class Config(sparse_heads.Settings):
     """The near past, seen by every head, and the number of shards."""
 
     before: int = 1  # blocks before the query's own
-    shards: int = 0  # 0: as many as heads
+    shards: int = 0  # 0: as many as key heads
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError where the shards or the heads do not fit."""
@@ -30,22 +32,25 @@ CASES = {"s2": Config()}
 
 
 class Mixer(sparse_heads.Attention):
-    """Block n of head h sees j <= n with n - j <= before or j mod shards = h mod shards."""
+    """Block n of key head g sees j <= n with n - j <= before or (j + g) mod shards = 0."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         super().__init__(config, width, rngs)
         sparse_heads.at_least("before", config.before, 0)
-        shards = config.shards or config.heads
-        if not 1 <= shards <= config.heads:
-            near = min(max(shards, 1), config.heads)
+        groups = config.kv_heads or config.heads
+        shards = config.shards or groups
+        if not 1 <= shards <= groups:
+            near = min(max(shards, 1), groups)
             raise ValueError(
-                f"shards={shards} is not 1 to heads={config.heads}, which cover them. Use {near}."
+                f"shards={shards} is not 1 to the {groups} key heads, which cover them. Use {near}."
             )
-        self.heads, self.before, self.shards = config.heads, config.before, shards
+        self.before, self.shards = config.before, shards
+        self.groups, self.each = groups, config.heads // groups
 
     def rule(self, number, blocks, most: int):
         n, j = np.arange(most)[:, None], np.arange(most)
         near = n - j <= self.before
-        shard = lambda head: j % self.shards == head % self.shards
-        lists = [patterns.from_mask((j <= n) & (near | shard(head))) for head in range(self.heads)]
-        return chosen_blocks.look_up(chosen_blocks.stacked(lists), number)
+        shard = lambda group: (j + group) % self.shards == 0
+        lists = [patterns.from_mask((j <= n) & (near | shard(g))) for g in range(self.groups)]
+        table = np.repeat(chosen_blocks.stacked(lists), self.each, axis=0)
+        return chosen_blocks.look_up(table, number)

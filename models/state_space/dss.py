@@ -2,9 +2,11 @@
 
 Diagonal State Spaces are as Effective as Structured State Spaces (arXiv 2203.14343, proposition 1
 and section 3.3). Notable: this is DSS-exp, with Re(Lambda) = -exp(.), B = 1 and all learning of B
-and C in W; Lambda starts at the eigenvalues of the normal part of HiPPO; the output is a gelu and
-one linear map. DSS-softmax is left out: it normalises each mode by the length of the row and lets
-modes grow, so that it has no causal state that could be carried on past that length.
+and C in W; all channels share Lambda, which starts at the eigenvalues of the normal part of HiPPO,
+and differ in W and in their steps. As in the released code (not the paper) the real and imaginary
+parts of Lambda have a step each, equal at the start. The output is a gelu and one linear map.
+DSS-softmax, the released default, is left out: it normalises each mode by the length of the row and
+lets modes grow, so that it has no causal state that could be carried on past that length.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from models.parts import diagonal
 
 @dataclasses.dataclass
 class Config:
-    """`state` complex modes a channel."""
+    """`state` complex modes, of which every channel keeps its own."""
 
     state: int = 64
     dt_min: float = 1e-3  # step sizes start log-uniform in [dt_min, dt_max]
@@ -36,25 +38,31 @@ CASES = {"dss": Config()}
 
 
 class Mixer(mixer.Mixer):
-    """K_l = Re sum_n W_n (e^{L_n dt} - 1) / L_n e^{L_n dt l}, out = gelu(K * x + D x) W_o + b."""
+    """K_l = Re sum_n W_n (e^{z_n} - 1) / L_n e^{z_n l}, out = gelu(K * x + D x) W_o + b.
+
+    z_n = dt_0 Re(L_n) + i dt_1 Im(L_n).
+    """
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         if config.state < 1:
             raise ValueError(f"state={config.state} must be at least 1; the paper uses 64.")
         rate, frequency, _ = diagonal.normal_legs(2 * config.state)
-        dims, shape = ("channels", "state"), (width, config.state)
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
-        self.log_dt = layers.weight(rngs, steps, (width,), ("channels",))
-        self.log_rate = layers.weight(rngs, diagonal.rows(np.log(rate)), shape, dims)
-        self.frequency = layers.weight(rngs, diagonal.rows(frequency), shape, dims)
-        self.w = layers.weight(rngs, layers.normal(1.0), (2, *shape), ("parts", *dims))
+        twice = lambda key, shape: jnp.broadcast_to(steps(key, shape[1:]), shape)
+        self.log_dt = layers.weight(rngs, twice, (2, width), ("parts", "channels"))
+        shared = (config.state,), ("state",)
+        self.log_rate = layers.weight(rngs, diagonal.rows(np.log(rate)), *shared)
+        self.frequency = layers.weight(rngs, diagonal.rows(frequency), *shared)
+        shape, dims = (2, width, config.state), ("parts", "channels", "state")
+        self.w = layers.weight(rngs, layers.normal(1.0), shape, dims)
         self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("channels",))
         self.o = layers.outward(rngs, (width,), width, ("channels",))
         self.o_bias = layers.filled(rngs, 0.0, (width,), ("embed",))
 
     def __call__(self, x, *, segments=None, state=None):
+        dt, turn = jnp.exp(self.log_dt[...])[..., None]
         log_decay, phase, into = diagonal.zero_order_hold(
-            jnp.exp(self.log_dt[...])[:, None], jnp.exp(self.log_rate[...]), self.frequency[...]
+            dt, jnp.exp(self.log_rate[...]), self.frequency[...], turn
         )
         y_BTD, h_B2M = diagonal.complex_modes(
             x,
@@ -70,4 +78,4 @@ class Mixer(mixer.Mixer):
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, 2, D N): real and imaginary parts."""
-        return jnp.zeros((batch, 2, self.log_rate.size), mixer.wide(dtype))
+        return jnp.zeros((batch, 2, self.w[0].size), mixer.wide(dtype))

@@ -3,7 +3,9 @@
 Simplified State Space Layers for Sequence Modeling (arXiv 2208.04933, eqs. 4 to 6, section 4 and
 appendix B). Notable: the transition starts as blocks of HiPPO-N and B and C in its eigenbasis, so
 that conjugate pairs make half of the modes enough; every mode has a step size; the output is gated
-by itself, gelu(y) * sigmoid(W gelu(y)).
+by itself, gelu(y) * sigmoid(W gelu(y) + b). Parameters and their start are the released code's: the
+real part of a mode is a weight itself, cut at -1e-4 (its `clip_eigs`, which it advises for rows
+without end); B starts real and C complex, of variance 1 / P in each part.
 """
 
 import dataclasses
@@ -34,10 +36,11 @@ class Config:
 
 
 CASES = {"s5": Config()}
+SLOWEST = 1e-4  # the least rate of a mode, so that none grows
 
 
 class Mixer(mixer.Mixer):
-    """h' = A h + B x, y = 2 Re(C h) + D x, discretised; out = g * sigmoid(W g), g = gelu(y)."""
+    """h' = A h + B x, y = 2 Re(C h) + D x, discretised; out = g * sigmoid(W g + b), g = gelu(y)."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         state, blocks = config.state or width, config.blocks
@@ -51,19 +54,20 @@ class Mixer(mixer.Mixer):
         repeat = lambda part: diagonal.rows(np.tile(part, blocks))
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
         self.log_dt = layers.weight(rngs, steps, (modes,), ("channels",))
-        self.log_rate = layers.weight(rngs, repeat(np.log(rate)), (modes,), ("channels",))
+        self.rate = layers.weight(rngs, repeat(rate), (modes,), ("channels",))
         self.frequency = layers.weight(rngs, repeat(frequency), (modes,), ("channels",))
-        into = _turned(vectors.conj(), blocks, width, width)
+        into = _turned(vectors.conj(), blocks, width, 1)
         self.b = layers.weight(rngs, into, (width, 2, modes), ("embed", "parts", "channels"))
-        out = _turned(vectors, blocks, width, state)
+        out = _turned(vectors, blocks, width, 2)
         self.c = layers.weight(rngs, out, (width, 2, modes), ("embed", "parts", "channels"))
         self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("embed",))
         self.gate = layers.outward(rngs, (width,), width, ("channels",))
+        self.gate_bias = layers.filled(rngs, 0.0, (width,), ("embed",))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         log_decay, phase, into = diagonal.zero_order_hold(
-            jnp.exp(self.log_dt[...]), jnp.exp(self.log_rate[...]), self.frequency[...]
+            jnp.exp(self.log_dt[...]), jnp.maximum(self.rate[...], SLOWEST), self.frequency[...]
         )
         u_BTPN = layers.project("btd,dpn->btpn", x, self.b).astype(dtype)
         u_PBTN = diagonal.times(u_BTPN.transpose(2, 0, 1, 3), into[:, None, None])
@@ -73,19 +77,24 @@ class Mixer(mixer.Mixer):
         h_BTPN = 2 * jnp.stack([real_BTN, -imag_BTN], axis=2).astype(x.dtype)
         y_BTD = layers.project("btpn,dpn->btd", h_BTPN, self.c) + self.skip[...] * x
         y_BTD = jax.nn.gelu(y_BTD.astype(x.dtype))
-        return y_BTD * jax.nn.sigmoid(layers.project("btc,cd->btd", y_BTD, self.gate)), h_B2N
+        gate_BTD = layers.project("btc,cd->btd", y_BTD, self.gate) + self.gate_bias[...]
+        return (y_BTD * jax.nn.sigmoid(gate_BTD)).astype(x.dtype), h_B2N
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, 2, P / 2): real and imaginary parts."""
-        return jnp.zeros((batch, 2, *self.log_rate.shape), mixer.wide(dtype))
+        return jnp.zeros((batch, 2, *self.rate.shape), mixer.wide(dtype))
 
 
-def _turned(vectors, blocks, width, inputs):
-    """Real numbers of variance 1 / inputs for every block, in the eigenbasis of the block."""
+def _turned(vectors, blocks, width, parts):
+    """Real (1 part) or complex (2) numbers of variance 1 / P a part, in the blocks' eigenbasis."""
 
     def init(key, shape):
-        real = layers.fan_in(inputs)(key, (width, blocks, vectors.shape[0]))
-        parts = [jnp.einsum("djs,sm->djm", real, part) for part in (vectors.real, vectors.imag)]
-        return jnp.stack([part.reshape(width, -1) for part in parts], axis=1).astype(real.dtype)
+        drawn = layers.fan_in(blocks * len(vectors))(key, (parts, width, blocks, len(vectors)))
+        drawn = jnp.pad(drawn, ((0, 2 - parts), (0, 0), (0, 0), (0, 0)))
+        by_real, by_imag = (
+            jnp.einsum("pdjs,sm->pdjm", drawn, part) for part in (vectors.real, vectors.imag)
+        )
+        turned = by_real[0] - by_imag[1], by_imag[0] + by_real[1]
+        return jnp.stack([part.reshape(width, -1) for part in turned], axis=1).astype(drawn.dtype)
 
     return init

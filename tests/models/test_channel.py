@@ -127,7 +127,7 @@ def naive_expert_choice(config, p, x):
     y, probs = np.zeros_like(x), softmax(x @ p["router"])
     for e in range(config.experts):
         for t in best(probs[:, e], int(config.capacity_factor * len(x) // config.experts)):
-            y[t] += probs[t, e] * expert(p["experts"], e, x[t], relu)
+            y[t] += probs[t, e] * expert(p["experts"], e, x[t], gelu)
     return y
 
 
@@ -149,14 +149,16 @@ def naive_zero_computation(config, p, x):
     y, n = np.zeros_like(x), config.experts
     for t, token in enumerate(x):
         probs = softmax(token @ p["router"])
-        for e in best(probs, config.top_k):
+        picked = [e for e in best(probs, config.top_k) if e != n]  # n: the zero expert
+        for e in picked:
+            weight = probs[e] / probs[picked].sum()
             if e < n:
-                y[t] += probs[e] * expert(p["experts"], e, token, silu)
+                y[t] += weight * expert(p["experts"], e, token, silu)
             elif e == n + 1:
-                y[t] += probs[e] * token
-            elif e > n + 1:
+                y[t] += weight * token
+            else:
                 a = softmax(token @ p["mix"][:, e - n - 2])
-                y[t] += probs[e] * (a[0] * token + a[1] * p["vectors"][e - n - 2])
+                y[t] += weight * (a[0] * token + a[1] * p["vectors"][e - n - 2])
     return y
 
 
@@ -286,6 +288,21 @@ def test_an_overloaded_expert_keeps_its_share_to_the_end():
     kept, _ = capacity.keep(expert, capacity.empty_counts(1, 4), None, factor=1.0, least=8)
     at = np.flatnonzero(np.asarray(kept)[0, :, 0] == 0)
     assert at.tolist() == [*range(8), *range(32, 64, 4)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "want"), [((4, 5), 1.0), ((5, 4), 1.0), ((4,), 0.0), ((5,), 1.0)]
+)
+def test_zero_computation_divides_by_the_weights_kept(chosen, want):
+    """Of the zero expert (4) and the copy (5) the copy has all; the zero expert alone gives 0."""
+    config = zero_computation.Config(experts=4, constants=1, top_k=len(chosen), hidden=8)
+    module = config.build(WIDTH, nnx.Rngs(0))
+    logits = np.full(7, -9.0)
+    logits[list(chosen)] = 3.0 - np.arange(len(chosen))
+    x = jnp.ones((1, 2, WIDTH))
+    module.router[...] = jnp.broadcast_to(jnp.asarray(logits) / WIDTH, (WIDTH, 7))
+    y, _ = module(x)
+    np.testing.assert_allclose(y, want * x, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

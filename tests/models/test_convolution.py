@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import lm, pattern
 from models.convolution import gated_conv, h3, hyena, mega, monarch_mixer
 from models.parts.implicit_filter import ImplicitFilter
 from tests import contract
-from tests.models.stirred import conv, mapped, run, sigmoid, silu, softmax
+from tests.models.stirred import conv, mapped, rms, run, sigmoid, silu, softmax
 from tests.tolerance import assert_close
 
 
@@ -20,15 +21,15 @@ def lags(x, kernel):
 
 def filters(p, length, count):
     """Filters (F, count, D): a network of sines over the lag, times a window."""
-    lag = np.arange(count)[:, None] / length
+    lag = np.arange(count)[:, None]
     bands = (len(p["maps"][0]) - 1) // 2
-    angle = 2 * np.pi * np.linspace(1e-4, bands - 1, bands) * lag
-    h = np.concatenate([lag, np.cos(angle), -np.sin(angle)], 1)
+    angle = 2 * np.pi * np.linspace(1e-4, bands - 1, bands) * lag / length
+    h = np.concatenate([lag / (length - 1), np.cos(angle), -np.sin(angle)], 1)
     for n in range(3):
         h = np.sin(p["frequency"] * (h @ p["maps"][n] + p["biases"][n]))
     out = np.tensordot(h, p["out"], 1)
-    rates = np.log(100) / np.linspace(0.3, 1.5, out.shape[-1])
-    return np.moveaxis(out * np.exp(-rates * lag)[:, None], 1, 0)
+    rates = np.linspace(3.0701134573, 15.3505672866, out.shape[-1])  # of the released code
+    return np.moveaxis(out * np.exp(-rates * lag / (length - 1))[:, None], 1, 0)
 
 
 def test_gated_conv():
@@ -48,11 +49,33 @@ def test_hyena(length):
     assert_close(y, z @ p["o"], "float64", "Hyena")
 
 
+@pytest.mark.parametrize("frequency", [1.0, 10.0])
 @pytest.mark.parametrize("length", [64, 1024])
-def test_filters_start_with_the_same_energy(length):
-    """The sum of squares of a filter does not depend on how far it reaches."""
-    h = ImplicitFilter(1, 32, length, nnx.Rngs(0))(length)
+def test_filters_start_with_the_same_energy(length, frequency):
+    """The sum of squares of a filter does not depend on how far it reaches, or its sines."""
+    h = ImplicitFilter(1, 32, length, nnx.Rngs(0), frequency=frequency)(length)
     assert 0.5 < float(jnp.square(h).sum(1).mean()) < 2
+
+
+def test_the_windows_of_filters_are_those_released():
+    """Three channels fall by e^-3.0701, e^-9.2103 and e^-15.3506 up to the last lag."""
+    filters = ImplicitFilter(1, 3, 16, nnx.Rngs(0), hidden=4, bands=2)
+    filters.out[...] = jnp.ones_like(filters.out[...])
+    h = np.asarray(filters(16))[0]
+    fallen = np.log(h[-1] / h[-1, 0]) - np.log(h[0] / h[0, 0])
+    np.testing.assert_allclose(fallen, [0, -6.1402, -12.2805], atol=1e-3)
+    filters.maps[0][...] = 0 * filters.maps[0][...]  # nothing but the biases is left: one value
+    h = np.asarray(filters(16))[0]
+    np.testing.assert_allclose(np.log(h[0] / h[-1]), [3.0701, 9.2103, 15.3506], atol=1e-3)
+
+
+def test_the_network_of_filters_starts_as_torch_draws_it():
+    """Maps and biases uniform within 1 / sqrt(inputs), of variance 1 / (3 inputs)."""
+    filters = ImplicitFilter(1, 8, 16, nnx.Rngs(0), hidden=256, bands=32)
+    for inputs, w, bias in zip((65, 256, 256), filters.maps, filters.biases, strict=True):
+        for drawn in (np.asarray(w[...]), np.asarray(bias[...])):
+            assert 0.97 < np.abs(drawn).max() * inputs**0.5 <= 1
+            assert 0.8 < drawn.var() * 3 * inputs < 1.2
 
 
 def test_h3():
@@ -67,7 +90,9 @@ def test_h3():
 
 
 def test_mega():
-    x, y, p = run(mega.Config(modes=3, chunk=8))
+    """The update gate goes from the stream itself to h, which reads the normed stream."""
+    stream, y, p = run(mega.Config(modes=3, chunk=8))
+    x = rms(stream, p["norm"]["scale"])
     u = average(x, p)
     z = silu(u @ p["z"] + p["z_bias"])
     (gain_q, gain_k), (offset_q, offset_k) = p["gain"], p["offset"]
@@ -79,7 +104,26 @@ def test_mega():
         o[t] = softmax(np.array(scores)) @ v[seen.start : seen.stop]
     phi, h = np.moveaxis(mapped(u, p["gate"]) + p["gate_bias"], 1, 0)
     h = silu(h + (silu(u @ p["r"] + p["r_bias"]) * o) @ p["o"])
-    assert_close(y, sigmoid(phi) * (h - x), "float64", "Mega")
+    assert_close(y, stream + sigmoid(phi) * (h - stream), "float64", "Mega")
+
+
+def test_mega_with_an_open_gate_forgets_the_stream():
+    """All weights 0 but the norm's and an update gate near 1: h = 0, so x + 1 (0 - x) = 0."""
+    config = mega.Config(modes=1, key_dim=2, value_dim=4, chunk=4)
+    graph, params = nnx.split(config.build(4, nnx.Rngs(0)))
+    module = nnx.merge(graph, jax.tree.map(jnp.zeros_like, params))
+    module.norm.scale[...] = jnp.ones(4)
+    module.gate_bias[...] = jnp.asarray([[40.0] * 4, [0.0] * 4])
+    y, _ = module(jnp.full((1, 4, 4), 3.0))
+    np.testing.assert_allclose(y, 0, atol=1e-6)
+    module.gate_bias[...] = jnp.asarray([[-40.0] * 4, [0.0] * 4])  # a shut one keeps it
+    np.testing.assert_allclose(module(jnp.full((1, 4, 4), 3.0))[0], 3, rtol=1e-6)
+
+
+def test_mega_is_a_block():
+    """No norm and no channel mixer are put around it: `mega,glu` is the paper's layer."""
+    blocks = lm.Config(pattern=pattern.parse("mega,glu")).blocks()
+    assert blocks[0] == mega.Config() and blocks[1].channel is None
 
 
 def average(x, p):
@@ -152,9 +196,23 @@ def test_monarch_mixer(causal):
 
 
 def both_ways(x, back, ahead):
-    """Earlier tokens and this one by `back`, later ones by `ahead`, whose first lag is one."""
-    later = lags(x[::-1], ahead)[::-1]
-    return lags(x, back) + np.concatenate([later[1:], np.zeros_like(x[:1])])
+    """Earlier tokens by `back`, later ones by `ahead`, both from the token itself on."""
+    return lags(x, back) + lags(x[::-1], ahead)[::-1]
+
+
+def test_a_filter_ahead_begins_at_the_token_itself():
+    """e_0 ahead and nothing back give y_t = x_t, as k_rev of the released fftconv_ref does."""
+    x = contract.inputs(7)[..., :3]
+    ahead = jnp.zeros((7, 3)).at[0].set(1.0)
+    y = monarch_mixer._both_ways(x, (0 * ahead, ahead), jnp.zeros(3), None)
+    assert_close(y, x, "float32", "e_0")
+    y = monarch_mixer._both_ways(x, (0 * ahead, ahead[::-1]), jnp.zeros(3), None)
+    assert_close(y[:, 0], x[:, 6], "float32", "e_6")
+
+
+def test_the_sines_of_monarch_mixers_filters_start_at_ten():
+    module = monarch_mixer.Config(length=8).build(16, nnx.Rngs(0))
+    np.testing.assert_array_equal(module.filters.frequency[...], 10.0)
 
 
 def test_bounded_states_hold_the_whole_capacity():

@@ -181,6 +181,18 @@ def test_the_papers_loop(config, loop):
         assert_close(y[0], np.stack(loop(weights, x[0])), jnp.float64, "the paper's loop")
 
 
+def test_sru_starts_as_released():
+    """All uniform: the candidate's map of variance 1 / d, the gates' of half, v within 1.2247."""
+    module = sru.Config().build(512, nnx.Rngs(0))
+    w, v = np.asarray(module.w[...]), np.asarray(module.v[...])
+    np.testing.assert_allclose(w.var((0, 2)) * 512, [1, 0.5, 0.5], rtol=0.01)
+    np.testing.assert_allclose(
+        np.abs(w).max((0, 2)) * 512**0.5, [1.7321, 1.2247, 1.2247], rtol=1e-3
+    )
+    assert 1.2 < np.abs(v).max() <= 1.2248
+    np.testing.assert_array_equal(module.bias[...], 0)
+
+
 def test_a_large_key_of_rwkv4_does_not_overflow():
     """exp(k) would: sums are kept relative to the largest exponent."""
     graph, weights = drawn(rwkv4.Config())

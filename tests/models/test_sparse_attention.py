@@ -123,7 +123,7 @@ PATTERNS = {
         ),
     ),
     "local": (local.Config(block=8), lambda h, n, j: n - j <= 1),
-    "s2": (s2.Config(block=8), lambda h, n, j: n - j <= 1 or j % 4 == h),
+    "s2": (s2.Config(block=8), lambda h, n, j: n - j <= 1 or (j + h) % 4 == 0),
 }
 
 
@@ -134,6 +134,14 @@ def test_fixed_pattern(name):
     chosen = {(h, n, j) for h in range(4) for n in range(10) for j in range(10) if rule(h, n, j)}
     sees = lambda h, t, s: (h, t // 8, s // 8) in chosen and (s <= t or not module.causal)
     close(y, w, attend(*heads(w, x), sees))
+
+
+def test_heads_of_s2_share_a_shard_by_key_head():
+    """What the released library gives for 4 heads on 2 key heads, blocks of 1 token, 2 shards."""
+    config = s2.Config(heads=4, kv_heads=2, block=1, before=0, shards=2)
+    lists = config.build(32, nnx.Rngs(0)).rule(np.array([[7]]), np.array([[8]]), 8)
+    seen = [sorted(j for j in lists[0, h, 0].tolist() if j >= 0) for h in range(4)]
+    assert seen == [[0, 2, 4, 6, 7], [0, 2, 4, 6, 7], [1, 3, 5, 7], [1, 3, 5, 7]]
 
 
 def best(score, own, top):

@@ -68,24 +68,56 @@ def test_s4d_is_the_convolution_of_its_kernel(rule):
 
 
 def test_dss():
-    """Proposition 1 of arXiv 2203.14343, DSS-exp."""
+    """Proposition 1 of arXiv 2203.14343, DSS-exp, with a step for each part of Lambda."""
     x, y, p = run(dss.Config(state=6))
-    dt, a = np.exp(p["log_dt"])[:, None], -np.exp(p["log_rate"]) + 1j * p["frequency"]
-    kernel = parts(p["w"]) * (np.exp(dt * a) - 1) / a * powers(np.exp(dt * a), len(x))
+    (dt, turn), a = np.exp(p["log_dt"])[..., None], -np.exp(p["log_rate"]) + 1j * p["frequency"]
+    z = dt * a.real + 1j * turn * a.imag
+    kernel = parts(p["w"]) * (np.exp(z) - 1) / a * powers(np.exp(z), len(x))
     want = gelu(lags(x, kernel.sum(-1).real) + p["skip"] * x) @ p["o"] + p["o_bias"]
     assert_close(y, want, "float64", "DSS")
 
 
+def test_dss_channels_share_their_modes():
+    """One Lambda for all channels; W, the steps and D are a channel's (released DSSKernel)."""
+    module = dss.Config(state=6).build(32, nnx.Rngs(0))
+    assert module.log_rate.shape == module.frequency.shape == (6,)
+    assert module.w.shape == (2, 32, 6) and module.log_dt.shape == (2, 32)
+    np.testing.assert_allclose(np.exp(module.log_rate[...]), 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(module.log_dt[0], module.log_dt[1])
+
+
 def test_s5():
-    x, y, p = run(s5.Config(state=16, blocks=2))
-    dt, a = np.exp(p["log_dt"]), -np.exp(p["log_rate"]) + 1j * p["frequency"]
+    x, _, p = run(s5.Config(state=16, blocks=2))
+    p["rate"][0] = -0.3  # grows: the released code cuts it at 1e-4
+    y = again(s5.Config(state=16, blocks=2), p, x)
+    dt, a = np.exp(p["log_dt"]), -np.maximum(p["rate"], 1e-4) + 1j * p["frequency"]
     b, c, h = parts(p["b"].swapaxes(0, 1)), parts(p["c"].swapaxes(0, 1)), np.zeros(8, complex)
     want = []
     for x_t in x:
         h = np.exp(dt * a) * h + (np.exp(dt * a) - 1) / a * (x_t @ b)
         want.append(gelu(2 * (c @ h).real + p["skip"] * x_t))
     want = np.stack(want)
-    assert_close(y, want * sigmoid(want @ p["gate"]), "float64", "S5")
+    assert_close(y, want * sigmoid(want @ p["gate"] + p["gate_bias"]), "float64", "S5")
+
+
+def again(config, weights, x):
+    """The outputs of one row with other weights."""
+    with jax.enable_x64(True):
+        graph, _ = nnx.split(config.build(x.shape[1], nnx.Rngs(0)))
+        y, _ = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x))(weights, x[None])
+        return np.asarray(y)[0]
+
+
+def test_s5_starts_as_released():
+    """Rates of 1/2; B is real and C complex before both are turned into the eigenbasis.
+
+    In a block's eigenbasis a real row b has sum |b_m|^2 = |b|^2 / 2 over half of the modes: of P =
+    256 numbers of variance 1 / P it is 1/2; C, of twice the variance, has 1 and no such mirror.
+    """
+    module = s5.Config(state=256, blocks=8).build(64, nnx.Rngs(0))
+    np.testing.assert_allclose(module.rate[...], 0.5, rtol=1e-6)
+    square = lambda w: float(jnp.square(w[...]).sum((1, 2)).mean())
+    assert 0.45 < square(module.b) < 0.55 and 0.9 < square(module.c) < 1.1
 
 
 def test_normal_legs():
