@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from configs import loading
+from parallel import launch
 
 OPTIONS = {
     "workdir": "",  # a run's folder: its newest checkpoint is validated
@@ -38,6 +39,7 @@ def main() -> int:
     """Read the command line, measure, print the table and write the files."""
     if sys.argv[1:2] == ["--compare"]:
         return compare(sys.argv[2:])
+    launch.prepare()
     experiments, options = loading.parse(sys.argv[1:], OPTIONS)
     from evaluation import groups
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from configs import loading
+from parallel import launch
 
 OPTIONS = {
     "workdir": "",  # "": runs/NAME, after the config file
@@ -24,6 +25,7 @@ OPTIONS = {
 def main() -> int:
     """Read the command line, train, and print what came out."""
     started = time.perf_counter()
+    launch.prepare()
     (experiment,), options = loading.parse(sys.argv[1:], OPTIONS, single=True)
 
     from parallel import host

@@ -30,6 +30,10 @@ import transformers  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from parallel import launch  # noqa: E402
+
+launch.prepare()
+
 import _sides as sides  # noqa: E402
 import _table as table  # noqa: E402
 import jax  # noqa: E402

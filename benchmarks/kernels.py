@@ -36,6 +36,10 @@ if wanted:
     spec.loader.exec_module(peers)
 sys.path.insert(0, str(ROOT))
 
+from parallel import launch  # noqa: E402
+
+launch.prepare()
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402

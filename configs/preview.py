@@ -15,6 +15,7 @@ OURS = (
     "configs",
     "models",
 )  # read as they are; every other package that is not Python's own is inert
+HALF_LOADED = {"parallel"}  # programs load its `launch` first; its other modules take JAX
 
 
 class NeedsReal(BaseException):
@@ -77,7 +78,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Serves a stand-in for every package that is not Python's own, nor ours, nor loaded."""
 
     def __init__(self):
-        self.real = {*sys.stdlib_module_names, *sys.modules, *OURS}
+        self.real = {*sys.stdlib_module_names, *sys.modules, *OURS} - HALF_LOADED
 
     def find_spec(self, name, path=None, target=None):
         """A spec for a stand-in, or None: look elsewhere."""

@@ -1,0 +1,96 @@
+"""Before JAX starts: the compiler's flags by version, and the platform without a TPU's answer."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from parallel import launch
+
+ROOT = Path(__file__).parents[1]
+CURE = "--xla_cpu_experimental_ynn_fusion_type"
+# The last of 32,769 squares of 0, 1, 2, ...: 32768^2 = 2^30, which float32 holds exactly.
+SUMS = """
+import jax, jax.numpy as jnp
+numbers = jnp.arange(32769, dtype=jnp.float32)
+rows = jnp.stack((numbers, 0 * numbers, 0 * numbers), axis=1)
+squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))
+print(int(squares(rows)[-1]))
+"""
+# jax-ml/jax 40412: an axis of size 1 in a reduction of rank 7 ended the process.
+RANK_7 = """
+import jax, jax.numpy as jnp
+ones = jnp.ones((3, 1, 2, 2, 8, 8, 8))
+print(int(jax.jit(lambda a, b: jnp.sum(a * b, axis=3))(ones, ones).sum()))
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """`code` in a process of its own, with nothing of this one's flags."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(("code", "right"), [(SUMS, 2**30), (RANK_7, 3 * 2 * 2 * 8**3)])
+def test_sums_are_right_as_programs_start(code, right):
+    done = run(f"from parallel import launch\nlaunch.prepare()\n{code}", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0 and int(done.stdout) == right, done
+
+
+def test_sums_are_right_in_the_tests():
+    numbers = jnp.arange(32769, dtype=jnp.float32)
+    rows = jnp.stack((numbers, 0 * numbers, 0 * numbers), axis=1)
+    squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))
+    assert int(squares(rows)[-1]) == 2**30
+
+
+def test_every_program_prepares_before_jax():
+    """A program's own file calls `prepare` before it or a config imports JAX."""
+    programs = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("[a-z]*.py")]
+    assert len(programs) >= 4
+    for path in programs:
+        text = path.read_text("utf-8")
+        called = text.index("launch.prepare()")
+        for later in ("import jax", "loading.parse("):
+            assert later not in text[:called], f"{path.name}: {later} before launch.prepare()"
+
+
+@pytest.mark.parametrize(
+    ("given", "jaxlib", "right"),
+    [
+        ("", "0.10.2", f"{CURE}=-reduce"),
+        ("--xla_a=1  --xla_b", "0.10.2", f"--xla_a=1  --xla_b {CURE}=-reduce"),
+        (f"{CURE}= --xla_a=1", "0.10.2", f"{CURE}= --xla_a=1"),
+        (f"{CURE}_else=1", "0.10.2", f"{CURE}_else=1 {CURE}=-reduce"),
+        ("", "0.12.0.1", ""),
+        ("--xla_a=1", "0.10.1", "--xla_a=1"),
+        ("", "", ""),
+        ("/no/such/file", "0.10.2", f"{CURE}=-reduce"),
+        ("/no/such/file", "0.12.0.1", "/no/such/file"),
+    ],
+)
+def test_flags_are_kept_and_added_to(given, jaxlib, right):
+    assert launch.with_cure(given, jaxlib) == right
+
+
+def test_a_file_of_flags_is_read(tmp_path):
+    (tmp_path / "flags").write_text("--xla_a=1\n--xla_b=2\n")
+    found = launch.with_cure(str(tmp_path / "flags"), "0.10.2")
+    assert found == f"--xla_a=1 --xla_b=2 {CURE}=-reduce"
+
+
+def test_the_process_gets_the_flags_of_its_jaxlib():
+    code = (
+        "import os\nfrom parallel import launch\nlaunch.prepare()\nprint(os.environ['XLA_FLAGS'])"
+    )
+    done = run(code, XLA_FLAGS="--xla_a=1")
+    cure = launch.CURES.get(importlib.metadata.version("jaxlib"), "")
+    assert done.stdout.strip() == f"--xla_a=1 {cure}".strip()
