@@ -68,11 +68,11 @@ def cpu_subjects(batch: int, length: int, heads: int, dim: int, width: int) -> d
 
 def model_subjects() -> dict[str, Subject]:
     """The model sizes that kernels/evidence.json lists, for accelerators."""
-    from kernels import evidence
+    from kernels import survey
 
     return {
         f"{name}, {label}": subject
-        for name, sizes in evidence.subjects().items()
+        for name, sizes in survey.subjects().items()
         for label, subject in sizes.items()
     }
 

@@ -46,7 +46,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks import _kernel_subjects as subjects  # noqa: E402
 from benchmarks import _table as table  # noqa: E402
-from kernels import dispatch, evidence  # noqa: E402
+from kernels import dispatch, survey  # noqa: E402
 from kernels.subject import Subject, both_passes  # noqa: E402
 from parallel import host  # noqa: E402
 
@@ -171,7 +171,7 @@ def cotangents(subject) -> list[np.ndarray]:
 
 def roofline(subject, results, both, rates) -> float:
     """Seconds below which the call cannot go at the measured rates."""
-    flops = evidence.model_flops(subject) / (1 if both else 3)
+    flops = survey.model_flops(subject) / (1 if both else 3)
     moved = sum(x.size * x.dtype.itemsize for x in (*subject.arrays.values(), *results))
     return max(flops / rates[0], moved / rates[1])
 

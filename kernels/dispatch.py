@@ -8,17 +8,18 @@ import logging
 import math
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from kernels import evidence
+from programs import labels
+from programs.labels import Label
 
 IMPLEMENTATIONS = ("ref", "xla", "pallas_tpu", "pallas_gpu")
 log = logging.getLogger(__name__)
 # Part of JAX's trace caches: a function jitted under one value is traced anew under another.
 _named = jax.make_user_context(None)
-_labels = jax.make_user_context(None)
 _interpreter = jax.make_user_context(None)
 _layout = jax.make_user_context(None)
 GENERATIONS = {
@@ -76,32 +77,6 @@ def target() -> str:
     return GENERATIONS.get(kind, platform)
 
 
-class Label(NamedTuple):
-    """What one traced call of an operation says of itself."""
-
-    name: str  # kernels.<operation>.<function>
-    flops: float | None  # of kernels/<operation>/cost.py; None without one
-    elements: int  # of all outputs; more of them in the program mean that the call was mapped
-
-
-class _Labels:
-    """The calls of one `labelling`, told apart from others by identity."""
-
-    def __init__(self):
-        self.calls: dict[str, Label] = {}
-
-
-@contextlib.contextmanager
-def labelling() -> Iterator[dict[str, Label]]:
-    """Within the block each call traces as a jitted function named by a key of the yielded dict.
-
-    For counting: a jaxpr then says which of its equations belong to which operation.
-    """
-    labels = _Labels()
-    with _labels(labels):
-        yield labels.calls
-
-
 @functools.cache
 def implementations(operation: str, function: str = "") -> tuple[str, ...]:
     """The modules of `kernels/<operation>/` that implement `function` (the folder's, if "")."""
@@ -118,7 +93,9 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
     and where the kernel covers the call; everywhere else, and for a single token as in decoding,
     the chunked XLA form.
     """
-    impl = _named.value if impl is None else impl
+    record = labels.current()
+    if impl is None:
+        impl = (record and record.form) or _named.value
     if impl is None:
         run = _default(operation, function)
     else:
@@ -135,8 +112,7 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
             )
         run = getattr(_module(operation, impl), function)
     run = jax.named_scope(function)(run)
-    labels = _labels.value
-    return run if labels is None else _labelled(operation, function, run, labels.calls)
+    return run if record is None else _labelled(operation, function, run, record.calls)
 
 
 def _default(operation: str, function: str) -> Callable:
@@ -161,7 +137,7 @@ def _module(operation: str, impl: str) -> types.ModuleType:
     return importlib.import_module(f"kernels.{operation}.{impl}")
 
 
-def _labelled(operation: str, function: str, run: Callable, labels: dict[str, Label]) -> Callable:
+def _labelled(operation: str, function: str, run: Callable, calls: dict[str, Label]) -> Callable:
     """`run` in a jit of its own; arguments that are no arrays stay Python values."""
     name = f"kernels.{operation}.{function}"
 
@@ -175,12 +151,12 @@ def _labelled(operation: str, function: str, run: Callable, labels: dict[str, La
             positional, named = jax.tree.unflatten(tree, mixed.values())
             return run(*positional, **named)
 
-        traced.__name__ = key = f"{name}#{len(labels)}"
+        traced.__name__ = key = f"{name}#{len(calls)}"
         cost = _cost(operation, function)
-        labels[key] = Label(name, cost and float(cost(*args, **kwargs)), 0)
+        calls[key] = Label(name, cost and float(cost(*args, **kwargs)), 0)
         outputs = jax.jit(traced)([leaves[i] for i in at])
         elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(outputs))
-        labels[key] = labels[key]._replace(elements=elements)
+        calls[key] = calls[key]._replace(elements=elements)
         return outputs
 
     return call

@@ -1,4 +1,4 @@
-"""A call of a public function of kernels/, as evidence compiles it and benchmarks time it."""
+"""A call of a public function of kernels/, as the survey compiles it and benchmarks time it."""
 
 import functools
 import importlib

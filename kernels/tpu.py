@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch, vary
-from kernels.count import Walk
+from programs.flops import Walk
 
 LANE = 128
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 import models
-from kernels import count
 from models import mixer
 
 
@@ -111,7 +110,7 @@ def _growth(config: Any, width: int) -> str:
         graph, params = nnx.split(nnx.eval_shape(lambda: fits.build(width, nnx.Rngs(0))))
         x = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
         run = lambda params, x: nnx.merge(graph, params)(x)[0]
-        return count.executed_flops(jax.make_jaxpr(run)(params, x)).total
+        return flops.executed_flops(jax.make_jaxpr(run)(params, x)).total
 
     a, b, c = (flops(length) for length in (4096, 8192, 16384))
     bend, next_bend = b - 2 * a, c - 2 * b  # zero for a linear function, whatever its slope

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.count import Flops, executed_flops, model_flops
+from programs.flops import Flops, executed_flops, model_flops
 from resources import memory, scaling, throughput
 from resources.devices import Device
 from resources.row import Row, not_available

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernels.count import Flops, flops_of_loops_once, labelled, model_flops
+from programs.flops import Flops, flops_of_loops_once, labelled, model_flops
 from resources.compute import executed_flops
 
 CONTRACTIONS, ARITHMETIC = "other contractions", "other arithmetic"

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resources import hlo, throughput
+from programs import hlo
+from programs.moved import touched
+from resources import throughput
 from resources.row import Row, not_available
 
 _PEAK = "arguments + outputs - aliased + temporaries"
@@ -58,7 +60,7 @@ def moved(program: str) -> float:
     """
     found, entry = hlo.computations(program)
     return math.fsum(
-        times * hlo.touched(found, found[name], line)
+        times * touched(found, found[name], line)
         for name, times in hlo.runs(found, entry, 1, set())
         for line in found[name].values()
     )

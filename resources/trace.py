@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-from kernels import count
-from resources import hlo
+from programs import flops, hlo
+from programs.moved import touched
 
 # What JAX's transforms and loops put into a name, and what says nothing of where it comes from.
 _TRANSFORMS = re.compile(r"^(?:jvp|transpose|vmap|jit|pjit|remat|checkpoint|shard_map)\((.*)\)$")
@@ -46,7 +46,7 @@ class Operation:
 
     path: str  # of scopes, the primitive last: "glu/dot_general"; the compiler's: "unnamed/copy"
     operation: str  # its name in the compiled program, as "fusion.3"
-    direction: count.Direction  # "other": outside of the gradient, as an optimizer, or unnamed
+    direction: flops.Direction  # "other": outside of the gradient, as an optimizer, or unnamed
     calls: float  # the mean of the traced runs
     seconds: float  # without those of the operations within it
     share: float  # of all operations' seconds
@@ -116,11 +116,11 @@ def summed(program: str, data: Any, runs: int, seconds: float) -> Profile:
         return Operation(
             path(line.name) or f"unnamed/{line.operation}",
             name,
-            count.direction(line.name) if gradient else "forward",
+            flops.direction(line.name) if gradient else "forward",
             calls[name] / runs,
             spent[name] / runs,
             spent[name] / total,
-            calls[name] / runs * hlo.touched(found, inside, line),
+            calls[name] / runs * touched(found, inside, line),
             hlo.source(line, frames),
         )
 

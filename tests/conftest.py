@@ -56,9 +56,17 @@ def pytest_configure(config):
     elif config.option.markexpr != "aot" and not GIVEN:  # aot compiles as for users
         os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
     if config.getoption("--page") and not hasattr(config, "workerinput"):
-        from tests import pages
+        config.pluginmanager.register(recorder(config.getoption("--page")))
 
-        config.pluginmanager.register(pages.recorder(config.getoption("--page")))
+
+def recorder(page: str):
+    """The plugin that writes `page`; ValueError for a page that no test writes."""
+    from tests import pages, test_contract, test_zoo
+
+    makers = {"conformance": test_contract, "zoo": test_zoo}
+    if page not in makers:
+        raise ValueError(f"--page={page}: tests write {' and '.join(makers)}.")
+    return pages.Recorder(page, *makers[page].page())
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -66,13 +66,3 @@ def read(page: str) -> list[list[str]]:
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "| " in line]
     return [row for row in rows if row[0] != "---"]
-
-
-def recorder(page: str) -> Recorder:
-    """The plugin that writes `page`; ValueError for a page that no test writes."""
-    from tests import test_contract, test_zoo
-
-    makers = {"conformance": test_contract, "zoo": test_zoo}
-    if page not in makers:
-        raise ValueError(f"--page={page}: tests write {' and '.join(makers)}.")
-    return Recorder(page, *makers[page].page())

@@ -19,14 +19,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 import configs.lm
-from kernels import aot, evidence
+from kernels import survey
 from models import catalogue, named_weights
 from parallel import sharding
 from parallel.mesh import AXES
+from programs import topology
 from training.step import make_trainer
 
 pytestmark = pytest.mark.aot
-SUBJECTS = evidence.subjects()
+SUBJECTS = survey.subjects()
 FOUND = pkgutil.walk_packages(configs.lm.__path__, "configs.lm.")
 CONFIGS = [module.name for module in FOUND if not module.ispkg]
 VARIANTS = catalogue.cases()
@@ -42,25 +43,25 @@ def test_the_compiler_is_there():
 
 
 def compile_both(subject, mesh):
-    _, compiled = evidence.compile_for(mesh, subject, "pallas_tpu")
+    _, compiled = survey.compile_for(mesh, subject, "pallas_tpu")
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 2
 
 
-@pytest.mark.parametrize("generation", aot.TOPOLOGIES)
+@pytest.mark.parametrize("generation", topology.HOSTS)
 @pytest.mark.parametrize("subject", SIZES)
 def test_for_one_chip(subject, generation):
-    compile_both(subject, aot.mesh(generation))
+    compile_both(subject, topology.chip(generation))
 
 
 @pytest.mark.parametrize("subject", SIZES)
 def test_for_four_chips(subject):
-    compile_both(subject, aot.mesh("v5e", whole=True))
+    compile_both(subject, topology.host("v5e"))
 
 
-@pytest.mark.parametrize("generation", [g for g in aot.TOPOLOGIES if g != "v5e"])
+@pytest.mark.parametrize("generation", [g for g in topology.HOSTS if g != "v5e"])
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_for_four_chips_of_others(name, generation):
-    compile_both(next(iter(SUBJECTS[name].values())), aot.mesh(generation, whole=True))
+    compile_both(next(iter(SUBJECTS[name].values())), topology.host(generation))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -69,7 +70,7 @@ def test_a_training_step_on_four_chips(name):
     experiment = importlib.import_module(name).get_config()
     model = dataclasses.replace(experiment.model, vocabulary=260)  # 257 bytes do not split
     experiment = dataclasses.replace(experiment, model=model)
-    mesh = mesh_of(aot.mesh("v5e", whole=True).devices.reshape(2, 1, 2))
+    mesh = mesh_of(topology.host("v5e").devices.reshape(2, 1, 2))
     trainer = make_trainer(experiment, mesh, np.ones(model.vocabulary, np.float32))
     with sharding.on(mesh):
         program = trainer.step.lower(trainer.abstract, trainer.batch).compile()
@@ -104,10 +105,10 @@ def compile_gradients(config, mesh):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_on_one_chip(name):
-    compile_gradients(VARIANTS[name], mesh_of(aot.devices("v5e:2x2")[:1].reshape(1, 1, 1)))
+    compile_gradients(VARIANTS[name], mesh_of(topology.devices("v5e:2x2")[:1].reshape(1, 1, 1)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_on_sixteen_chips(name):
     """fsdp 8 x tensor 2."""
-    compile_gradients(VARIANTS[name], mesh_of(aot.devices("v5e:4x4").reshape(1, 8, 2)))
+    compile_gradients(VARIANTS[name], mesh_of(topology.devices("v5e:4x4").reshape(1, 8, 2)))

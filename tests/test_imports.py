@@ -9,13 +9,14 @@ ROOT = Path(__file__).parents[1]
 WHOLE = ("models.lm", "models.stacks", "models.named_weights")  # models, whatever is in them
 ROOMS = {  # a room: which of our modules it may import beside its own
     "configs": ("models",),
-    "models": ("kernels", "parallel.sharding", "parallel.context"),
-    "kernels": (),
+    "models": ("kernels", "parallel.sharding", "parallel.context", "programs.flops"),
+    "programs": (),
+    "kernels": ("programs",),
     "parallel": ("kernels",),
     "data": ("configs.schema",),
     "inference": ("models", "kernels", "parallel", "configs.schema", "data"),
     "training": ("configs.schema", *WHOLE, "parallel", "data", "inference"),
-    "resources": ("kernels",),
+    "resources": ("programs",),
     "report": ("resources",),
     "evaluation": ("configs.schema", *WHOLE, "parallel", "training", "resources", "report"),
 }
@@ -102,6 +103,8 @@ def faults(path: Path, source: str) -> list[str]:
             found.append(f"{path} imports {target}: typos would be refused late")
         if room in ROOMS and within(target, ROOMS) and not within(target, [room, *ROOMS[room]]):
             found.append(f"{path} imports {target}: not from {room}")
+        if room == "programs" and within(target, ["flax", "optax", "orbax"]):
+            found.append(f"{path} imports {target}: programs need jax alone")
         if is_architecture(name) and within(target, ["models"]):
             if within(target, ["models.lm"]) or _other_architecture(target, path):
                 found.append(f"{path} imports {target}: an architecture stands alone")
@@ -159,9 +162,48 @@ def _more_than_configs(path: Path, tree: ast.AST) -> list[str]:
     return found
 
 
+def graph(sources: dict[Path, str]) -> dict[str, set[str]]:
+    """Which of these modules each of them imports, a module itself rather than the package of it.
+
+    Imports inside functions count. A package's own imports are those of its `__init__`.
+    """
+    modules = {dotted(path): path for path in sources}
+
+    def module(target: str) -> str:
+        while target and target not in modules:
+            target = target.rpartition(".")[0]
+        return target
+
+    found = {}
+    for name, path in modules.items():
+        targets = {module(target) for target in imports(path, ast.parse(sources[path]))}
+        found[name] = targets - {"", name}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or by way of others."""
+    reached = {name: _reached(edges, name) for name in edges}
+    groups = {
+        tuple(sorted(other for other in reached[name] if name in reached[other]))
+        for name in edges
+        if name in reached[name]
+    }
+    return sorted(map(list, groups))
+
+
+def _reached(edges: dict[str, set[str]], start: str) -> set[str]:
+    found, todo = set(), [start]
+    while todo:
+        for name in edges[todo.pop()] - found:
+            found.add(name)
+            todo.append(name)
+    return found
+
+
 def test_every_room_is_read():
     rooms = {path.parts[0] for path in files()}
-    assert {"configs", "models", "kernels", "parallel", "data", "training", "tests"} <= rooms
+    assert {"configs", "models", "kernels", "programs", "parallel", "data", "training"} <= rooms
     unknown = rooms - {*ROOMS, "tests", "benchmarks", "docs", *(f"{name}.py" for name in PROGRAMS)}
     assert not unknown, "name new rooms in ROOMS"
 
@@ -177,6 +219,8 @@ def test_rules_are_kept(path):
         ("kernels/x/api.py", "from models import layers"),
         ("kernels/x/api.py", "def f():\n    import parallel.mesh"),
         ("kernels/x/api.py", "from ...models import layers"),
+        ("programs/x.py", "from kernels import dispatch"),
+        ("programs/x.py", "import flax.nnx"),
         ("kernels/x/api.py", "import importlib\nimportlib.import_module(f'models.{x}')"),
         ("parallel/context.py", "from models.mixer import State"),
         ("models/layers.py", "from parallel.mesh import make_mesh"),
@@ -244,3 +288,20 @@ def test_a_broken_rule_is_found(path, source):
 )
 def test_a_kept_rule_is_no_fault(path, source):
     assert faults(Path(path), source) == []
+
+
+def test_no_circle():
+    sources = {path: (ROOT / path).read_text("utf-8") for path in files()}
+    assert circles(graph(sources)) == []
+
+
+def test_a_circle_is_found_through_functions_and_packages():
+    sources = {
+        "a/__init__.py": "from a import one",
+        "a/one.py": "from b.two import thing",
+        "b/two.py": "def f():\n    from c import three",
+        "c/three.py": "import importlib\nimportlib.import_module('a.one')",
+        "c/four.py": "from c import three\nimport a",
+    }
+    found = circles(graph({Path(path): text for path, text in sources.items()}))
+    assert found == [["a.one", "b.two", "c.three"]]

@@ -234,9 +234,9 @@ def test_works_inside_shard_map():
 
 def dot_flops(function, *arguments):
     """FLOPs of all contractions of a traced function, loops times their length."""
-    from kernels import count
+    from programs import flops
 
-    return count.Walk().run(jax.make_jaxpr(function)(*arguments)).matmul
+    return flops.Walk().run(jax.make_jaxpr(function)(*arguments)).matmul
 
 
 def test_flops_follow_the_lists():

@@ -12,6 +12,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.linear_scan import linear_scan
+from programs.labels import Label, labelling
 
 OPERATIONS = sorted(path.parent.name for path in Path(dispatch.__file__).parent.glob("*/cases.py"))
 
@@ -85,21 +86,21 @@ def test_labelling_names_every_call_and_changes_no_value(monkeypatch):
         return linear_scan(h, -jnp.abs(x), initial_state=state)[0]
 
     want = jax.grad(lambda x: jnp.sum(jnp.sin(twice(x))))(x)
-    with dispatch.labelling() as labels:
+    with labelling() as labels:
         jaxpr = jax.make_jaxpr(twice)(x)
         found = jax.grad(lambda x: jnp.sum(jnp.sin(twice(x))))(x)
     names = [eqn.params["name"] for eqn in jaxpr.eqns if "name" in eqn.params]
     keys = [f"kernels.linear_scan.linear_scan#{n}" for n in range(4)]
     assert list(labels) == keys
     assert [name for name in names if name in labels] == keys[:2]
-    label = dispatch.Label("kernels.linear_scan.linear_scan", 7.0, 2 * 5 * 3 + 2 * 3)
+    label = Label("kernels.linear_scan.linear_scan", 7.0, 2 * 5 * 3 + 2 * 3)
     assert set(labels.values()) == {label}
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 def test_no_label_outside_the_block_and_no_count_without_a_cost():
     x = jnp.zeros((1, 2, 3))
-    with dispatch.labelling() as labels:
+    with labelling() as labels:
         linear_scan(x, x)
     linear_scan(x, x)
     assert len(labels) == 1

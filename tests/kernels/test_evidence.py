@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
-from kernels import aot, dispatch, evidence
+from kernels import dispatch, evidence, survey
+from programs import topology
 
-SIZES = evidence.subjects()
+SIZES = survey.subjects()
 LISTED = [(n, g) for n, found in evidence.load()["functions"].items() for g in found]
 
 
@@ -27,7 +28,7 @@ def test_what_is_listed_is_whole(name, generation):
 @pytest.mark.aot
 @pytest.mark.parametrize("name", SIZES)
 def test_every_kernel_is_listed_for_every_generation(name):
-    assert set(evidence.load()["functions"][name]) == set(aot.TOPOLOGIES)
+    assert set(evidence.load()["functions"][name]) == set(topology.HOSTS)
 
 
 ROW = {"size": "any", "compiled": True, "seconds": 1.0, "xla_seconds": 2.0}

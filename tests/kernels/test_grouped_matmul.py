@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
-from kernels.count import Walk
 from kernels.grouped_matmul import cost, grouped_matmul, pallas_tpu, xla
+from programs.flops import Walk
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from resources import hlo, trace
+from programs import hlo
+from resources import trace
+from tests.programs.texts import PROGRAM
 
 N, LAYERS = 384, 3
 
@@ -121,72 +123,6 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_names_become_paths(name):
     assert trace.path(name) == NAMES[name]
-
-
-PROGRAM = """HloModule jit_f, is_scheduled=true
-
-FileNames
-1 "/home/someone/lab/models/head.py"
-
-FunctionNames
-1 "Head.__call__.<locals>.run"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=9}
-
-StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-
-%sliced (w: f32[8,16,16], i: s32[]) -> f32[16,16] {
-  %w = f32[8,16,16]{2,1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %b = f32[8,16,16]{2,1,0} bitcast(%w)
-  %one = f32[1,16,16]{2,1,0} dynamic-slice(%b, %i, %i, %i), dynamic_slice_sizes={1,16,16}
-  ROOT %r = f32[16,16]{1,0} bitcast(%one)
-}
-%stored (all: f32[8,16,16], new: f32[1,16,16], i: s32[]) -> f32[8,16,16] {
-  %all = f32[8,16,16]{2,1,0} parameter(0)
-  %new = f32[1,16,16]{2,1,0} parameter(1)
-  %i = s32[] parameter(2)
-  ROOT %r = f32[8,16,16]{2,1,0} dynamic-update-slice(%all, %new, %i, %i, %i)
-}
-ENTRY %main (w: f32[8,16,16]) -> f32[16,16] {
-  %w = f32[8,16,16]{2,1,0} parameter(0)
-  %i = s32[] constant(0)
-  %first = f32[16,16]{1,0} fusion(%w, %i), kind=kLoop, calls=%sliced, metadata={op_name="jit(f)/jvp(head)/slice" stack_frame_id=1}
-  %new = f32[1,16,16]{2,1,0} bitcast(%first)
-  %put = f32[8,16,16]{2,1,0} fusion(%w, %new, %i), kind=kLoop, calls=%stored
-  %square = f32[16,16]{1,0} dot(%first, %first), metadata={op_name="jit(f)/transpose(jvp(head))/dot_general" source_file="/lab/a/b.py" source_line=3}
-  %loop = f32[16,16]{1,0} while(%square), condition=%c, body=%b
-  %start = (f32[16,16]{1,0}, f32[4,16]{1,0}, u32[]) slice-start(%square), slice={[0:4], [0:16]}
-  ROOT %sum = f32[16,16]{1,0} add(%loop, %first), metadata={op_name="jit(f)/add"}
-}
-"""  # noqa: E501
-
-
-def test_bytes_are_those_of_slices_where_slices_are_taken():
-    found, _ = hlo.computations(PROGRAM)
-    lines, matrix, index = found["main"], 4 * 16 * 16, 4
-    sizes = {name: hlo.touched(found, lines, line) for name, line in lines.items()}
-    assert sizes == {
-        "w": 0,
-        "i": 0,
-        "first": 2 * matrix + index,
-        "new": 0,
-        "put": 2 * matrix + index,
-        "square": 2 * matrix,
-        "loop": 0,
-        "start": 2 * (4 * 16 * 4 + 4),
-        "sum": 3 * matrix,
-    }
-
-
-def test_lines_of_python_by_frame_and_by_name():
-    found, _ = hlo.computations(PROGRAM)
-    frames = hlo.sources(PROGRAM)
-    where = {name: hlo.source(line, frames) for name, line in found["main"].items()}
-    assert where["first"] == "models/head.py:7 Head.__call__.run"
-    assert (where["square"], where["sum"]) == ("a/b.py:3", "")
 
 
 def space(*planes):

@@ -2,48 +2,9 @@
 
 import pytest
 
-from kernels import roofline
+from programs import hlo, moved
+from tests.programs.texts import LOOP, PROGRAM
 
-LOOP = """HloModule jit_f
-
-%body (arg: (s32[], f32[8,128], f32[64,128])) -> (s32[], f32[8,128], f32[64,128]) {
-  %arg = (s32[], f32[8,128]{1,0}, f32[64,128]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%arg), index=0
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
-  %zero = s32[] constant(0)
-  %carry = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%arg), index=1
-  %whole = f32[64,128]{1,0} get-tuple-element(%arg), index=2
-  %fused = f32[8,128]{1,0:T(8,128)S(1)} fusion(%whole, %i, %carry), kind=kLoop, calls=%slicing
-  ROOT %out = (s32[], f32[8,128]{1,0}, f32[64,128]{1,0}) tuple(%next, %fused, %whole)
-}
-
-%slicing (p0: f32[64,128], p1: s32[], p2: f32[8,128]) -> f32[8,128] {
-  %p0 = f32[64,128]{1,0} parameter(0)
-  %p1 = s32[] parameter(1)
-  %p2 = f32[8,128]{1,0} parameter(2)
-  %zero.1 = s32[] constant(0)
-  %piece = f32[8,128]{1,0} dynamic-slice(%p0, %p1, %zero.1), dynamic_slice_sizes={8,128}
-  ROOT %sum = f32[8,128]{1,0} add(%piece, %p2)
-}
-
-%condition (arg.1: (s32[], f32[8,128], f32[64,128])) -> pred[] {
-  %arg.1 = (s32[], f32[8,128]{1,0}, f32[64,128]{1,0}) parameter(0)
-  %i.1 = s32[] get-tuple-element(%arg.1), index=0
-  %limit = s32[] constant(8)
-  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
-}
-
-ENTRY %main (x: f32[8,128], y: f32[64,128]) -> f32[8,128] {
-  %x = f32[8,128]{1,0} parameter(0)
-  %y = f32[64,128]{1,0} parameter(1)
-  %start = s32[] constant(0)
-  %tuple = (s32[], f32[8,128]{1,0}, f32[64,128]{1,0}) tuple(%start, %x, %y)
-  %loop = (s32[], f32[8,128]{1,0}, f32[64,128]{1,0}) while(%tuple), condition=%condition, body=%body
-  %found = f32[8,128]{1,0} get-tuple-element(%loop), index=1
-  ROOT %twice = f32[8,128]{1,0} add(%found, %found)
-}
-"""
 SCALARS = (
     3 * 4 + 2 * 4 + 1
 )  # the counter's sum (two reads, a write), the test's reads and its write
@@ -52,19 +13,12 @@ SCALARS = (
 def test_a_loop_counts_by_its_trips_and_a_slice_by_its_size():
     rows = 8 * 128 * 4
     trip = rows + 4 + SCALARS  # the slice, the index of the fusion, the counter
-    assert roofline.hbm_bytes(LOOP) == 8 * trip + 3 * rows
+    assert moved.hbm_bytes(LOOP) == 8 * trip + 3 * rows
 
 
 def test_what_lies_on_the_chip_moves_nothing():
     elsewhere = LOOP.replace("%whole = f32[64,128]{1,0}", "%whole = f32[64,128]{1,0:T(8,128)S(1)}")
-    assert roofline.hbm_bytes(LOOP) - roofline.hbm_bytes(elsewhere) == 8 * 8 * 128 * 4
-
-
-@pytest.mark.parametrize(("step", "runs"), [(1, 8), (2, 4), (3, 3)])
-def test_trips_follow_the_counters_step(step, runs):
-    text = LOOP.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
-    computations, _ = roofline.parse(text)
-    assert roofline.trips(computations, "condition", "body") == runs
+    assert moved.hbm_bytes(LOOP) - moved.hbm_bytes(elsewhere) == 8 * 8 * 128 * 4
 
 
 def test_an_update_in_place_moves_the_update():
@@ -84,7 +38,7 @@ ENTRY %main (a: f32[64,128], b: f32[8,128], c: s32[]) -> f32[64,128] {
   ROOT %done = f32[64,128]{1,0} fusion(%a, %b, %c), kind=kLoop, calls=%updating
 }
 """
-    assert roofline.hbm_bytes(text) == 2 * 8 * 128 * 4 + 4
+    assert moved.hbm_bytes(text) == 2 * 8 * 128 * 4 + 4
 
 
 def test_a_kernel_counts_as_its_estimate_says():
@@ -96,7 +50,7 @@ ENTRY %main (a: f32[64,128]) -> f32[64,128] {{
   ROOT %k = f32[64,128]{{1,0}} custom-call(%a), backend_config={estimate}
 }}
 """
-    assert roofline.hbm_bytes(text) == 1234
+    assert moved.hbm_bytes(text) == 1234
 
 
 @pytest.mark.parametrize(
@@ -115,7 +69,7 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {{
   ROOT %made = {array} rng-bit-generator()
 }}
 """
-    assert roofline.hbm_bytes(text) == size
+    assert moved.hbm_bytes(text) == size
 
 
 def test_a_kernels_estimate_grows_with_the_padding_of_its_arrays():
@@ -127,7 +81,7 @@ ENTRY %main (a: f32[64,128]) -> f32[64,64] {{
   ROOT %k = f32[64,64]{{1,0:T(8,128)}} custom-call(%a), backend_config={estimate}
 }}
 """
-    assert roofline.hbm_bytes(text) == round(1000 * (128 + 128) / (128 + 64))
+    assert moved.hbm_bytes(text) == round(1000 * (128 + 128) / (128 + 64))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -151,4 +105,21 @@ ENTRY %main (a: f32[64,128], at: s32[4,1], new: f32[4,128]) -> f32[64,128] {{
   ROOT %done = {last if fused else scatter}
 }}
 """
-    assert roofline.hbm_bytes(text) == 3 * 4 * 128 * 4 + 4 * 4
+    assert moved.hbm_bytes(text) == 3 * 4 * 128 * 4 + 4 * 4
+
+
+def test_bytes_are_those_of_slices_where_slices_are_taken():
+    found, _ = hlo.computations(PROGRAM)
+    lines, matrix, index = found["main"], 4 * 16 * 16, 4
+    sizes = {name: moved.touched(found, lines, line) for name, line in lines.items()}
+    assert sizes == {
+        "w": 0,
+        "i": 0,
+        "first": 2 * matrix + index,
+        "new": 0,
+        "put": 2 * matrix + index,
+        "square": 2 * matrix,
+        "loop": 0,
+        "start": 2 * (4 * 16 * 4 + 4),
+        "sum": 3 * matrix,
+    }

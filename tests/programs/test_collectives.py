@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resources import network
+from programs import collectives
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def found(mesh, function, *shapes):
         for shape, spec in shapes
     ]
     program = jax.jit(function).lower(*arrays).compile().as_text()
-    collectives = network.traffic(program, mesh).collectives
-    return {(c.kind, c.axes): (c.calls, c.bytes) for c in collectives}
+    calls = collectives.traffic(program, mesh).collectives
+    return {(c.kind, c.axes): (c.calls, c.bytes) for c in calls}
 
 
 def mapped(mesh, function, spec_in, spec_out):
@@ -67,7 +67,7 @@ def test_a_loop_of_unknown_length_is_told(mesh):
         return jax.lax.while_loop(more, lambda x: jax.lax.psum(x, "data"), x)
 
     program = jax.jit(mapped(mesh, run, P(), P())).lower(jnp.ones((8, 16))).compile().as_text()
-    traffic = network.traffic(program, mesh)
+    traffic = collectives.traffic(program, mesh)
     assert [c.calls for c in traffic.collectives] == [1]
     assert traffic.notes == {"a loop of unknown length counts once"}
 
@@ -103,7 +103,7 @@ def test_layers_with_their_weights_spread(mesh):
 def test_one_device_sends_nothing():
     program = jax.jit(jnp.sin).lower(jnp.ones(8)).compile().as_text()
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    assert network.traffic(program, mesh).bytes == 0
+    assert collectives.traffic(program, mesh).bytes == 0
 
 
 def test_what_tpu_programs_write(mesh):
@@ -143,7 +143,7 @@ ENTRY %main (p: bf16[8,8]) -> bf16[8,8] {
   ROOT %m = bf16[8,8]{1,0} collective-permute(%r), source_target_pairs={{0,4},{4,0}}
 }
 """
-    traffic = network.traffic(program, mesh)
+    traffic = collectives.traffic(program, mesh)
     assert {(c.kind, c.axes): (c.calls, c.bytes) for c in traffic.collectives} == {
         ("all-gather", ("fsdp",)): (3, 3 * 64),
         ("reduce-scatter", ("tensor",)): (3, 3 * 64),
