@@ -62,7 +62,7 @@ def conclude(result) -> None:
         print(f"stopped and saved at step {result.step}; the same --workdir goes on from there.")
         return
     print(f"\nvalidation bits per byte: {result.validation_bits_per_byte:.4f}")
-    writes = experiment.evaluation.sample_tokens and result.model.causal
+    writes = experiment.evaluation.sample_tokens and experiment.model.objective == "next"
     text, rate = sample(result) if writes else ("", None)
     if text:
         print(f"sample at temperature {experiment.evaluation.temperature}:\n{text}\n")
@@ -89,6 +89,7 @@ def sample(result) -> tuple[str, float]:
         settings.sample_tokens,
         key=jax.random.key(result.plan.experiment.seed),
         temperature=settings.temperature,
+        vocabulary=tokenizer.vocabulary,
     )
     tokens = jax.device_get(write())[0]  # compiles
     start = time.perf_counter()

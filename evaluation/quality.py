@@ -17,7 +17,7 @@ from parallel import sharding
 from resources import fidelity
 from resources.row import Row, not_available
 from training import checkpoint, log, loop
-from training.step import put_batch
+from training.step import fitted, put_batch
 
 LONGER = (2, 4)  # times the trained length
 NOISE = 0.1  # share of tokens replaced
@@ -41,7 +41,7 @@ def load(subject: Subject, workdir: str) -> Trained | str:
     folder = Path(workdir) / "checkpoints"
     plan = loop.make_plan(subject.experiment)
     try:
-        abstract = {"params": plan.trainer.abstract.params}
+        abstract = {"params": plan.trainer.stored.params}
         restored = checkpoint.restore(folder, abstract, only="params")
     except ValueError as error:
         return str(error)
@@ -49,7 +49,8 @@ def load(subject: Subject, workdir: str) -> Trained | str:
         return f"no checkpoint in {folder}"
     if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
         return f"the checkpoint in {folder} is of another model"
-    return Trained(plan, restored.tree["params"], restored.meta["step"], Path(workdir))
+    params = fitted(restored.tree["params"], plan.trainer.abstract.params)
+    return Trained(plan, params, restored.meta["step"], Path(workdir))
 
 
 def steps_to(found: Trained | str, bits: float) -> int | str | None:

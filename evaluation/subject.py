@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from configs import schema
+from inference import generate, sampling
 from models import lm, stacks
 from parallel import sharding
 from parallel.mesh import make_mesh
 from resources import throughput
+from training import loop
 from training.step import make_trainer, put_batch
 
 DECODED = 32  # tokens that one timed call of decoding writes
@@ -114,33 +115,23 @@ class Subject:
 
     @functools.cached_property
     def writer(self) -> Writer:
-        """Greedy generation with the layers apart, as inference/generate.py runs it."""
+        """Greedy generation with the layers apart, as `inference.generate` runs it."""
         length = self.experiment.data.length
         model = stacks.unrolled(nnx.merge(self.trainer.graph, self.state().params))
         graph, weights = nnx.split(model)
         weights = nnx.to_pure_dict(weights)
 
-        def likeliest(model, hidden):
-            return jnp.argmax(model.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+        greedy, keys = sampling.rule(temperature=0), jax.random.split(jax.random.key(0), DECODED)
 
         @jax.jit
         def prefill(weights, prompts):
             model = nnx.merge(graph, weights)
-            state = model.init_state(prompts.shape[0], length + DECODED)
-            hidden, state = model(prompts, state=state)
-            return likeliest(model, hidden), state
+            return generate.prefill(model, prompts, length + DECODED, greedy, keys[0])
 
         @jax.jit
         def decode(weights, token, state):
             model = nnx.merge(graph, weights)
-
-            def write(carry, _):
-                token, state = carry
-                hidden, state = model(token[:, None], state=state)
-                token = likeliest(model, hidden)
-                return (token, state), token
-
-            return jax.lax.scan(write, (token, state), None, length=DECODED)[1]
+            return generate.decode(model, token, state, greedy, keys)[0]
 
         compiled = self.compile(prefill, weights, self.trainer.batch["inputs"])
         token, state = compiled.program(weights, self.batch["inputs"])
@@ -159,6 +150,8 @@ def choose(experiments: Sequence[schema.Experiment], files: Sequence[str]) -> li
         path, colon, word = file.partition(":")
         names.append(Path(path).stem + colon + word)
         twins = names[:i].count(names[i])
+        if experiment.model.vocabulary == 0:
+            experiment = loop.settled(experiment)
         subjects.append(Subject(names[i] + f" ({twins + 1})" * bool(twins), experiment, i))
     return subjects
 

@@ -25,7 +25,7 @@ from parallel.sharding import constrain, gathered
 class Config:
     """A language model; elements of `pattern` are Configs of mixers or of whole blocks."""
 
-    vocabulary: int = 257
+    vocabulary: int = 257  # ids; 0: as many as the tokenizer has (training finds out)
     width: int = 256
     depth: int = 4
     pattern: tuple = dataclasses.field(default_factory=lambda: (softmax.Config(),))
@@ -42,9 +42,13 @@ class Config:
     remat: Literal["none", "blocks", "dots"] = "none"  # what the backward pass computes again
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations; weights stay float32
 
-    def build(self, rngs: nnx.Rngs) -> "LM":
-        """The module; ValueError where sizes do not fit."""
-        return LM(self, rngs)
+    def build(self, rngs: nnx.Rngs, multiple: int = 1) -> "LM":
+        """The module; ValueError where sizes do not fit.
+
+        Tables of the vocabulary get rows of zeros up to a multiple of `multiple`, for a mesh that
+        splits them. No row beyond the vocabulary has a probability, a gradient or a use.
+        """
+        return LM(self, rngs, multiple)
 
     def blocks(self) -> tuple:
         """The block of each layer of one period.
@@ -76,10 +80,24 @@ REMAT = {
 HIDDEN = 0.15  # share of tokens that an encoder fills in (arXiv 1810.04805, section 3.1)
 
 
+def _padded(init: layers.Initializer, shape: tuple[int, int]) -> layers.Initializer:
+    """`init` of `shape`, and zeros around it up to the shape that is asked for."""
+
+    def padded(key, whole):
+        return jnp.pad(init(key, shape), [(0, b - a) for a, b in zip(shape, whole, strict=True)])
+
+    return padded
+
+
 class LM(nnx.Module):
     """Maps tokens (B, T) to hidden states (B, T, D); `loss` and `logits` apply the head."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs, multiple: int = 1):
+        if config.vocabulary == 0:
+            raise ValueError(
+                "model.vocabulary=0 is the tokenizer's, which a model alone does not know. Give "
+                "the number of ids, 257 for bytes."
+            )
         for name in ("vocabulary", "width", "depth"):
             if getattr(config, name) < 1:
                 raise ValueError(f"model.{name}={getattr(config, name)} must be at least 1.")
@@ -89,8 +107,10 @@ class LM(nnx.Module):
         periods = config.depth // len(parts) if config.layers == "scanned" else 0
         rest = config.depth - periods * len(parts)
         table_std = 0.02 if config.head == "tied" else 1.0
-        shape = (config.vocabulary, config.width)
-        self.embed = layers.weight(rngs, layers.normal(table_std), shape, ("vocab", "embed"))
+        self.vocabulary = config.vocabulary
+        rows = -(-config.vocabulary // multiple) * multiple
+        init = _padded(layers.normal(table_std), (config.vocabulary, config.width))
+        self.embed = layers.weight(rngs, init, (rows, config.width), ("vocab", "embed"))
         self.positions = positions.build(config.positions, config.width, rngs, table_std)
         self.stacks = nnx.List([])
         if periods:
@@ -98,7 +118,8 @@ class LM(nnx.Module):
             self.stacks = nnx.List([stack(part) for part in parts])
         self.rest = nnx.List([parts[i % len(parts)].build(config.width, rngs) for i in range(rest)])
         self.norm = layers.RMSNorm(config.width, rngs, config.norm_eps)
-        head = layers.fan_in(config.width), shape[::-1], ("embed", "vocab")
+        init = _padded(layers.fan_in(config.width), (config.width, config.vocabulary))
+        head = init, (config.width, rows), ("embed", "vocab")
         self.head: Any = layers.weight(rngs, *head) if config.head == "untied" else None
         self.dtype, self.remat = config.dtype, config.remat
         self.embed_scale, self.softcap = config.embed_scale, config.softcap
@@ -237,7 +258,8 @@ class LM(nnx.Module):
         return cross_entropy(x, head, targets, weights, softcap=self.softcap)
 
     def _head(self):
-        return self.embed[...].T if self.head is None else self.head[...]
+        head = self.embed[...].T if self.head is None else self.head[...]
+        return head[:, : self.vocabulary]  # equal shards: the cut moves nothing between devices
 
     @jax.named_scope("embed")
     def embedded(self, tokens, hidden=None):

@@ -52,15 +52,21 @@ def weight_spec(dims: tuple[str, ...]) -> P:
     return P(*(WEIGHTS[name] for name in dims))
 
 
+def ways(mesh: jax.sharding.Mesh, name: str) -> int:
+    """Over how many devices a weight's dimension of that name is split."""
+    axis = WEIGHTS[name]
+    return mesh.shape[axis] if axis else 1
+
+
 def weight_sharding(mesh: jax.sharding.Mesh, path: str, shape, dims) -> NamedSharding:
     """Sharding of one weight; raises ValueError where a dimension does not split evenly."""
     spec = weight_spec(dims)
     for size, name, axis in zip(shape, dims, spec, strict=True):
-        ways = mesh.shape[axis] if axis else 1
-        if size % ways:
+        parts = ways(mesh, name)
+        if size % parts:
             raise ValueError(
                 f"{path}: dimension {name}={size} cannot be split over mesh axis {axis!r} of size "
-                f"{ways}; use {name}={math.ceil(size / ways) * ways} or another mesh.{axis}."
+                f"{parts}; use {name}={math.ceil(size / parts) * parts} or another mesh.{axis}."
             )
     return NamedSharding(mesh, spec)
 

@@ -18,7 +18,15 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     "training": ("configs.schema", *WHOLE, "parallel", "data", "inference"),
     "resources": ("programs",),
     "report": ("resources",),
-    "evaluation": ("configs.schema", *WHOLE, "parallel", "training", "resources", "report"),
+    "evaluation": (
+        "configs.schema",
+        *WHOLE,
+        "parallel",
+        "training",
+        "inference",
+        "resources",
+        "report",
+    ),
 }
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of models

@@ -14,13 +14,14 @@ from flax import nnx
 
 from configs import schema
 from data.pipeline import Split, open_split
+from data.tokenizers import open_tokenizer
 from models import lm, named_weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from training import guards, plot
 from training.checkpoint import Checkpoints
 from training.log import Log
-from training.step import State, Trainer, make_trainer, put_batch
+from training.step import State, Trainer, fitted, make_trainer, put_batch
 
 
 class Plan(NamedTuple):
@@ -50,24 +51,33 @@ class Result:
 
 def make_plan(experiment: schema.Experiment) -> Plan:
     """Mesh, data and step of `experiment`; ValueError where they do not fit together."""
+    experiment = settled(experiment)  # before minutes of encoding
     host, hosts = jax.process_index(), jax.process_count()
     mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
     train = open_split(experiment.data, "train", host, hosts)
     validation = open_split(experiment.data, "validation", host, hosts)
-    words = train.tokenizer.vocabulary
-    if experiment.model.vocabulary < words:
-        raise ValueError(
-            f"model.vocabulary={experiment.model.vocabulary} is smaller than the tokenizer's "
-            f"{words}. Use {words} or more."
-        )
     lengths = np.zeros(experiment.model.vocabulary, np.float32)
-    lengths[:words] = train.tokenizer.byte_lengths
+    lengths[: train.tokenizer.vocabulary] = train.tokenizer.byte_lengths
     return Plan(experiment, mesh, make_trainer(experiment, mesh, lengths), train, validation)
+
+
+def settled(experiment: schema.Experiment) -> schema.Experiment:
+    """The experiment with the size of its vocabulary; ValueError if the tokenizer has more ids."""
+    model, words = experiment.model, open_tokenizer(experiment.data.tokenizer).vocabulary
+    if model.vocabulary == 0:
+        model = dataclasses.replace(model, vocabulary=words)
+        return dataclasses.replace(experiment, model=model)
+    if model.vocabulary < words:
+        raise ValueError(
+            f"model.vocabulary={model.vocabulary} is smaller than the tokenizer's {words}. Use "
+            f"{words}, or 0: what the tokenizer has."
+        )
+    return experiment
 
 
 def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     """The start block: what will run, on what, and how large it is."""
-    experiment, params = plan.experiment, plan.trainer.abstract.params
+    experiment, params = plan.experiment, plan.trainer.stored.params
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     outer = params["embed"].size + (params["head"].size if "head" in params else 0)
     active = named_weights.active(nnx.merge(plan.trainer.graph, params))
@@ -76,6 +86,7 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} host(s)",
         "mesh": ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items()),
+        "vocabulary": _vocabulary(plan),
         "parameters": f"{total:,} total, {total - outer:,} non-embedding, {active:,} active",
         "data": f"{experiment.data.source}: {plan.train.tokens:,} training tokens "
         f"({plan.train.fingerprint[:12]})",
@@ -87,6 +98,17 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         rows["memory estimate"] = f"{size / 2**20:,.0f} MiB per device (compiled)"
     return rows | {"resume step": f"{resume_step:,}"}
+
+
+def _vocabulary(plan: Plan) -> str:
+    """Ids of the model; what the tokenizer leaves unused, and what the mesh adds."""
+    size, words = plan.experiment.model.vocabulary, plan.train.tokenizer.vocabulary
+    rows = plan.trainer.abstract.params["embed"].shape[0]
+    text = f"{size:,}"
+    if size > words:
+        far = "far above" if size >= 2 * words else "above"
+        text += f", {far} the tokenizer's {words:,}: ids from there on are never read or written"
+    return text + f" (in tables of {rows:,} rows, which the mesh divides)" * (rows > size)
 
 
 def compile_step(plan: Plan):
@@ -157,7 +179,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
             if save:
                 with log.phase("save"):
                     meta = _meta(plan, step, score if judge else math.nan)
-                    checkpoints.save(step, state, meta)
+                    checkpoints.save(step, fitted(state, trainer.stored), meta)
             if last:
                 break
     if start == experiment.steps:  # nothing was left to do but to say how good it is
@@ -166,7 +188,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
         with log.phase("save"):
             checkpoints.wait()
             while checkpoints.failures:  # the last step must not be lost; raises after three
-                checkpoints.save(step, state, meta)
+                checkpoints.save(step, fitted(state, trainer.stored), meta)
                 checkpoints.wait()
     return _finish(plan, log, checkpoints, state, score, program, meter.rate())
 
@@ -219,7 +241,7 @@ class _Meter:
 
 def _resume(plan: Plan, checkpoints: Checkpoints) -> tuple[State, int]:
     """The newest good state with its step, or a fresh one; ValueError for another experiment's."""
-    restored = checkpoints.restore(plan.trainer.abstract)
+    restored = checkpoints.restore(plan.trainer.stored)
     if restored is None:
         return plan.trainer.init(), 0
     state, meta = restored
@@ -229,7 +251,7 @@ def _resume(plan: Plan, checkpoints: Checkpoints) -> tuple[State, int]:
                 f"the checkpoint in {checkpoints.folder} was written with another {what} "
                 f"({meta[what][:12]}, now {now[:12]}). Use another --workdir or the old config."
             )
-    return state, int(meta["step"])
+    return fitted(state, plan.trainer.abstract), int(meta["step"])
 
 
 def _model_print(plan: Plan) -> str:

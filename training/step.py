@@ -31,6 +31,7 @@ class Trainer(NamedTuple):
 
     graph: Any
     abstract: State  # shapes, dtypes and shardings
+    stored: State  # the same as a checkpoint holds it: without the padding that the mesh needs
     init: Any  # () -> State
     step: Any  # (State, batch) -> (State, metrics); donates the state
     evaluate: Any  # (params, batch) -> (total nll in nats, total bytes)
@@ -46,8 +47,10 @@ def make_trainer(
     """
     key = jax.random.key(experiment.seed)
 
-    def build():
-        return experiment.model.build(nnx.Rngs(key))
+    ways = sharding.ways(mesh, "vocab")
+
+    def build(multiple=ways):
+        return experiment.model.build(nnx.Rngs(key), multiple)
 
     model = nnx.eval_shape(build)
     graph = nnx.split(model)[0]
@@ -55,13 +58,14 @@ def make_trainer(
     optimizer = make_optimizer(experiment.optimizer, experiment.steps, dims)
     data = experiment.data
 
-    def init() -> State:
-        params = nnx.to_pure_dict(nnx.split(build())[1])
-        carry = build().init_state(data.batch, data.length) if experiment.carry_state else ()
+    def init(model) -> State:
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        carry = model.init_state(data.batch, data.length) if experiment.carry_state else ()
         step = jnp.zeros((), jnp.int32)
         return State(step, params, optimizer.init(params), carry, jax.random.fold_in(key, 1))
 
-    abstract = _with_shardings(jax.eval_shape(init), dims, mesh)
+    abstract = _with_shardings(jax.eval_shape(lambda: init(build())), dims, mesh)
+    stored = jax.tree.map(_unpadded, abstract, jax.eval_shape(lambda: init(build(multiple=1))))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch = _abstract_batch(data, mesh)
     rows = {name: leaf.sharding for name, leaf in batch.items()}
@@ -71,13 +75,41 @@ def make_trainer(
     return Trainer(
         graph,
         abstract,
-        jax.jit(init, out_shardings=shardings),
+        stored,
+        jax.jit(lambda: init(build()), out_shardings=shardings),
         jax.jit(
             update, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0
         ),
         jax.jit(evaluate, in_shardings=(shardings.params, rows), out_shardings=one),
         batch,
     )
+
+
+def fitted(tree: Any, abstract: Any) -> Any:
+    """`tree` in the shapes of `abstract`, cut or filled up with zeros: padding lost, or gained."""
+
+    def resized(leaf, shape):
+        kept = leaf[tuple(map(slice, shape))]
+        pad = [(0, new - old) for new, old in zip(shape, kept.shape, strict=True)]
+        return jnp.pad(kept, pad)
+
+    def one(leaf, like):
+        if leaf.shape == like.shape:
+            return leaf
+        return jax.jit(resized, static_argnums=1, out_shardings=like.sharding)(leaf, like.shape)
+
+    return jax.tree.map(one, tree, abstract)
+
+
+def _unpadded(leaf, bare) -> jax.ShapeDtypeStruct:
+    """`leaf` in the shape of `bare`; a dimension that is padded is whole on every device."""
+    if leaf.shape == bare.shape:
+        return leaf
+    spec = (*leaf.sharding.spec, *(None,) * len(bare.shape))  # short where the rest is whole
+    pairs = zip(spec, leaf.shape, bare.shape, strict=False)
+    axes = (axis if a == b else None for axis, a, b in pairs)
+    where = NamedSharding(leaf.sharding.mesh, P(*axes))
+    return jax.ShapeDtypeStruct(bare.shape, bare.dtype, sharding=where)
 
 
 def _abstract_batch(data: Data, mesh) -> dict[str, jax.ShapeDtypeStruct]:
