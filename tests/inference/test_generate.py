@@ -1,6 +1,7 @@
 """Generation: what is written is what the model holds likeliest, for every family of mixers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,20 @@ def _families():
             yield pytest.param(config, id=name, marks=marks)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def likeliest(graph, weights, tokens):
+    """The likeliest token after each of `tokens`, by one pass over all of them."""
+    model = nnx.merge(graph, weights)
+    return jnp.argmax(model.logits(model(tokens)[0]), axis=-1)
+
+
 @pytest.mark.parametrize("config", list(_families()))
 def test_greedy_is_the_argmax_of_the_full_forward_pass(config):
     """The prompt at once and then token by token, against one pass over all that was written."""
     model = dataclasses.replace(SMALL, pattern=(config,)).build(nnx.Rngs(0))
     written = generate(model, PROMPT, 6, key=KEY, temperature=0.0)
-    graph, weights = nnx.split(model)
-
-    @jax.jit
-    def likeliest(weights, tokens):
-        model = nnx.merge(graph, weights)
-        return jnp.argmax(model.logits(model(tokens)[0]), axis=-1)
-
     whole = jnp.concatenate([PROMPT, written], axis=1)
-    best = likeliest(weights, whole)[:, PROMPT.shape[1] - 1 : -1]
+    best = likeliest(*nnx.split(model), whole)[:, PROMPT.shape[1] - 1 : -1]
     np.testing.assert_array_equal(written, best)
     assert len(np.unique(written)) > 1, "one token again and again shows little"
 
@@ -68,7 +69,7 @@ def test_greedy_with_all_options_of_the_model_at_once(layers):
     model = config.build(nnx.Rngs(1))
     written = generate(model, PROMPT, 8, key=KEY, temperature=0.0)
     whole = jnp.concatenate([PROMPT, written], axis=1)
-    best = jnp.argmax(model.logits(model(whole)[0]), axis=-1)[:, PROMPT.shape[1] - 1 : -1]
+    best = likeliest(*nnx.split(model), whole)[:, PROMPT.shape[1] - 1 : -1]
     np.testing.assert_array_equal(written, best)
 
 
@@ -78,7 +79,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
     loud = jnp.where(jnp.arange(300) < 257, 1.0, 100.0)
     model.head[...] = jnp.abs(model.head[...]) * loud
     model.norm.scale[...] = jnp.abs(model.norm.scale[...])
-    for temperature in (0.0, 1.0, 50.0):
+    for temperature in (0.0, 50.0):
         free = generate(model, PROMPT, 20, key=KEY, temperature=temperature)
         kept = generate(model, PROMPT, 20, key=KEY, temperature=temperature, vocabulary=257)
         assert int(free.max()) >= 257 > int(kept.max())
