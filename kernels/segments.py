@@ -31,6 +31,25 @@ def ordinals(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
+def numbered(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The same documents as 1, 2, .. by order, padding as 0: no number stands for two of them.
+
+    Whoever compares numbers compares these: the given ones may come back later in a row.
+    """
+    return jnp.where(is_real(segments), 1 + ordinals(segments), 0)
+
+
+def of_last(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at the tokens of the row's last document."""
+    document = ordinals(segments)
+    return is_real(segments) & (document == document[:, -1:])
+
+
+def goes_on(segments: Int[Array, "B T"]) -> Bool[Array, " B"]:
+    """True for rows in which no document starts after the first: its state is the row's."""
+    return ordinals(segments)[:, -1] == 0
+
+
 def starts(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True at the first token of every document but the row's first."""
     document = ordinals(segments)

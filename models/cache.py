@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from kernels import segments as boundaries
-from models import mixer
 
 Cache = dict[str, Array]
 
@@ -76,9 +75,8 @@ def write(
     total_B = positions_BT[:, -1] + 1
     written_BT = positions_BT >= total_B[:, None] - slots
     if segments is not None:
-        first, last = mixer.first_and_last(segments)
-        written_BT &= (segments == last[:, None]) & (segments != 0)
-        kept = jnp.where((first == last)[:, None], kept, 0)
+        written_BT &= boundaries.of_last(segments)
+        kept = jnp.where(boundaries.goes_on(segments)[:, None], kept, 0)
     slot_BT = jnp.where(written_BT, positions_BT % slots, slots)  # the last index is dropped
 
     def put(old, new):
@@ -119,11 +117,10 @@ def attend(
         return beside(seen, **where), new
 
     def both():
-        kv_segments = None
+        numbers = kv_numbers = None
         if segments is not None:
-            first, _ = mixer.first_and_last(segments)
-            cached = jnp.broadcast_to(first[:, None], old["place"].shape)
-            kv_segments = jnp.concatenate([cached, segments], axis=1)
+            numbers = boundaries.numbered(segments)  # the cache is of the first document
+            kv_numbers = jnp.concatenate([jnp.ones_like(old["place"]), numbers], axis=1)
         seen = {
             name: jnp.concatenate([old[name].astype(given.dtype), given], axis=1)
             for name, given in tokens.items()
@@ -133,8 +130,8 @@ def attend(
             seen,
             positions=positions_BT,
             kv_positions=places,
-            segments=segments,
-            kv_segments=kv_segments,
+            segments=numbers,
+            kv_segments=kv_numbers,
         )
 
     # A fresh cache costs nothing; a continued one is read beside the new tokens.

@@ -54,7 +54,9 @@ class Mixer(mixer.Mixer):
 
     def __call__(self, x, *, segments=None, state=None):
         batch, length, _ = x.shape
-        ids_BT = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+        # Between two chosen tokens a whole document may be passed by: numbers must not come back.
+        given = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+        ids_BT = boundaries.numbered(given)
         real_BT = boundaries.is_real(ids_BT)
         none = jnp.zeros(batch, jnp.int32)
         old = state or {"block": None, "passed": none, "place": none}

@@ -179,9 +179,8 @@ class Mixer(mixer.Mixer):
         slot_BT = place_BT - opened_B[:, None]
         written_BT, kept_B = slot_BT >= 0, jnp.ones_like(length_B, bool)
         if segments is not None:
-            first, last = mixer.first_and_last(segments)
-            written_BT &= (segments == last[:, None]) & boundaries.is_real(segments)
-            kept_B = first == last
+            written_BT &= boundaries.of_last(segments)
+            kept_B = boundaries.goes_on(segments)
         kept_BS = kept_B[:, None] & (jnp.arange(slots) < (length_B - opened_B)[:, None])
         kept_BSK = jnp.where(kept_BS[..., None], old_BSK, 0)
         slot_BT = jnp.where(written_BT, slot_BT, slots)  # the last index is dropped

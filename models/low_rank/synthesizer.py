@@ -78,7 +78,7 @@ class Mixer(mixer.Mixer):
         begun_B = jnp.zeros(batch, jnp.int32) if state is None else state["begun"]
         place_BT, begun_B = cache.document_positions(begun_B, segments, count)
         if not self.causal:
-            return self._read(x, v_BTHV, place_BT, place_BT, _alone(segments)), ()
+            return self._read(x, v_BTHV, place_BT, place_BT, _together(segments)), ()
         if state is None:
             old = cache.empty(batch, min(count, self.length), x.dtype, v=v_BTHV.shape[2:])
         else:
@@ -93,7 +93,7 @@ class Mixer(mixer.Mixer):
             return self._read(x, seen["v"], place_BT, at_BTS, here_BTS)
 
         def alone():
-            here_BTS = jnp.tril(jnp.ones((1, count, count), bool)) & _alone(segments)
+            here_BTS = jnp.tril(jnp.ones((1, count, count), bool)) & _together(segments)
             return self._read(x, v_BTHV, place_BT, place_BT, here_BTS)
 
         y, new = cache.attend(
@@ -149,16 +149,14 @@ class Encoder(Mixer):
     causal = False
 
 
-def _same(segments, kv_segments):
-    """Whether t and s have one number, and not that of padding (B, T, S)."""
-    if segments is None:
+def _same(number_BT, number_BS):
+    """Whether t and s are of one document, and not padding (B, T, S)."""
+    if number_BT is None:
         return jnp.ones((1, 1, 1), bool)
-    return (segments[:, :, None] == kv_segments[:, None]) & (segments != 0)[:, :, None]
+    return (number_BT[:, :, None] == number_BS[:, None]) & (number_BT != 0)[:, :, None]
 
 
-def _alone(segments):
-    """Whether tokens t and s of the row are of one document, whose number may come back later."""
-    if segments is None:
-        return _same(None, None)
-    document = jnp.where(boundaries.is_real(segments), 1 + boundaries.ordinals(segments), 0)
-    return _same(document, document)
+def _together(segments):
+    """`_same` of the tokens of a row."""
+    number_BT = None if segments is None else boundaries.numbered(segments)
+    return _same(number_BT, number_BT)

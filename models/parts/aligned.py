@@ -104,10 +104,8 @@ def write(state: Arrays, tokens: Arrays, sums: Arrays, segments, unit: int) -> A
     place_BT, length_B = cache.document_positions(state["length"], segments, some.shape[1])
     at_BT, kept = place_BT, None
     if segments is not None:
-        document = packed.ordinals(segments)
-        ours = (document == document[:, -1:]) & packed.is_real(segments)
-        at_BT = jnp.where(ours, place_BT, jnp.iinfo(jnp.int32).max)
-        kept = document[:, -1] == 0
+        at_BT = jnp.where(packed.of_last(segments), place_BT, jnp.iinfo(jnp.int32).max)
+        kept = packed.goes_on(segments)
     put = lambda old, at, x: old.at[at].set(x.astype(old.dtype), mode="drop")
     new = {name: jax.vmap(put)(state[name], at_BT, x) for name, x in tokens.items()}
     for name, x in sums.items():

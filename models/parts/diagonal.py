@@ -94,7 +94,7 @@ def _by_chunks(
     count = (length - 1) // CHUNK
     if count == 0:
         return step(x_BTD, segments, state)
-    numbers = None if segments is None else _ordered(segments)
+    numbers = None if segments is None else boundaries.numbered(segments)
 
     def take(state, given):
         x_BCD, numbers, entering = given
@@ -119,11 +119,6 @@ def _by_chunks(
     y_BTD = y_NBCD.swapaxes(0, 1).reshape(batch, -1, channels)
     state, tail = take(state, (x_BTD[:, count * CHUNK :], *(rest or (None, None))))
     return jnp.concatenate([y_BTD, tail], axis=1), state
-
-
-def _ordered(segments):
-    """Documents numbered 1, 2, .. by order; padding stays 0."""
-    return jnp.where(boundaries.is_real(segments), 1 + boundaries.ordinals(segments), 0)
 
 
 def normal_legs(

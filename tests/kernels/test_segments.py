@@ -49,6 +49,22 @@ def test_rows_by_hand(row, ordinals, starts):
     np.testing.assert_array_equal(segments.starts(packed)[0], np.asarray(starts, bool))
 
 
+@pytest.mark.parametrize(
+    ("row", "numbered", "of_last", "goes_on"),
+    [
+        ([1, 1, 2, 1, 0], [1, 1, 2, 3, 0], [0, 0, 0, 1, 0], False),
+        ([0, 4, 0, 4, 0], [0, 1, 0, 1, 0], [0, 1, 0, 1, 0], True),
+        ([7, 3, 3, 0, 3], [1, 2, 2, 0, 2], [0, 1, 1, 0, 1], False),
+        ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], True),
+    ],
+)
+def test_documents_are_told_apart_by_order(row, numbered, of_last, goes_on):
+    packed = jnp.asarray([row], jnp.int32)
+    assert segments.numbered(packed).tolist() == [numbered]
+    assert segments.of_last(packed).tolist() == [[bool(mark) for mark in of_last]]
+    assert segments.goes_on(packed).tolist() == [goes_on]
+
+
 @pytest.mark.parametrize("row", [[0], [4]])
 def test_a_single_token(row):
     packed = jnp.asarray([row], jnp.int32)

@@ -10,10 +10,11 @@ from flax import nnx
 
 from inference.generate import generate
 from models import lm, reports, stacks
-from models.attention import bidirectional
+from models.attention import bidirectional, softmax
 from models.block import residual
 from models.channel import dropless, glu
 from models.linear_attention import efficient_attention
+from models.low_rank import synthesizer
 from models.recurrent import rg_lru
 from tests.tolerance import assert_close
 
@@ -97,6 +98,20 @@ def test_any_arrangement_of_layers_takes_documents_and_a_state(change):
         x, _ = model(inputs[:, 4:8], segments=numbers, state=state)
         assert_close(x[0], model(inputs[:1, :8])[0][0, 4:], np.float32, "goes on")
         assert_close(x[1], model(inputs[1:, 4:8])[0][0], np.float32, "starts anew")
+
+
+def test_document_numbers_may_come_back_in_a_row():
+    """1 x 5, 2 x 4, 1 x 5 is 1, 2, 3: in the row, after a carried state, and for what follows."""
+    config = dataclasses.replace(SMALL, pattern=(softmax.Config(), synthesizer.Config(causal=True)))
+    model, (inputs, _, _) = config.build(nnx.Rngs(0)), batch()
+    _, before = model(inputs[:, :4], segments=jnp.full((2, 4), 1), state=model.init_state(2, 19))
+    number = lambda *of: jnp.asarray([[of[0]] * 5 + [of[1]] * 4 + [of[2]] * 5] * 2)
+    for state in (model.init_state(2, 19), before):
+        want, kept = model(inputs[:, :14], segments=number(1, 2, 3), state=state)
+        got, again = model(inputs[:, :14], segments=number(1, 2, 1), state=state)
+        np.testing.assert_array_equal(got, want)
+        want, got = (model(inputs[:, 14:15], state=s)[0] for s in (kept, again))
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_bidirectional_mixer_needs_the_masked_objective():
