@@ -2,6 +2,7 @@
 
 Several --config give columns side by side, timed in turn. What each row means: docs/measure.md.
 python eval.py --compare A.json B.json shows what changed between two reports.
+python eval.py --curves RUN [RUN ...] [--out=curves.png] draws their loss curves in one picture.
 Exit codes: 0 done, 2 bad configuration, 3 no usable checkpoint in --workdir.
 """
 
@@ -13,10 +14,10 @@ from parallel import launch
 
 OPTIONS = {
     "workdir": "",  # a run's folder: its newest checkpoint is validated
-    "json": "",  # write the report here as JSON, and in other forms
-    "html": "",
-    "markdown": "",
-    "csv": "",
+    "json": "",  # write the report to this file, as --compare reads it
+    "html": "",  # write it as a page with pictures
+    "markdown": "",  # write it as a Markdown table
+    "csv": "",  # write it as comma-separated values
     "only": "",  # some of the groups of rows, as parameters,speed,energy ("": all)
     "curves": "",  # sizes to measure over, as length:128,256,512;batch:1,2,4
     "match": "",  # size the other configs to the first: parameters, flops, state, memory, dollars
@@ -39,6 +40,8 @@ def main() -> int:
     """Read the command line, measure, print the table and write the files."""
     if sys.argv[1:2] == ["--compare"]:
         return compare(sys.argv[2:])
+    if sys.argv[1:2] == ["--curves"] and "--config" not in " ".join(sys.argv):
+        return loss_curves(sys.argv[2:])
     launch.prepare()
     experiments, options = loading.parse(sys.argv[1:], OPTIONS)
     from evaluation import groups
@@ -72,6 +75,22 @@ def compare(files: list[str]) -> int:
         if len(files) != 2:
             raise ValueError(f"--compare takes two reports, not {len(files)}: A.json B.json")
         compare.show(*map(report.read, files))
+    return 0
+
+
+def loss_curves(given: list[str]) -> int:
+    """Draw the loss curves of several runs, named by their folders, in one picture."""
+    from training import plot
+
+    named = [word.removeprefix("--out=") for word in given if word.startswith("--out=")]
+    folders = [word for word in given if not word.startswith("--out=")]
+    with loading.configuration():
+        wrong = [word for word in folders if word.startswith("-")]
+        if wrong or not folders:
+            raise ValueError(
+                f"--curves takes folders of runs and --out=FILE, not {wrong or 'none'}."
+            )
+        print(plot.loss_curve(folders, (named or ["curves.png"])[-1]))
     return 0
 
 

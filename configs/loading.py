@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import checks, overrides, preview
+from configs import checks, overrides, preview, usage
 from configs.schema import Experiment, freeze
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,8 @@ def _split(argv: list[str], options: Mapping[str, Any]):
             raise UsageError(f"unexpected argument {token!r}: write --option=value.")
         name, text = match.groups()
         if name in HELP and name not in options:
-            _help(options)
+            print(usage.text(options))
+            sys.exit(0)
         known = name == "config" or name.startswith("config.") or name in options
         if not known:
             raise UsageError(_unknown(name, options))
@@ -118,17 +119,6 @@ def _unknown(name: str, options: Mapping[str, Any]) -> str:
         near, dot, rest = f"config.{name}", "", ""
     meant = f" (did you mean '--{near}{dot}{rest}'?)" if near else ""
     return f"unknown option '--{name}'{meant}. Options: {', '.join('--' + o for o in allowed)}."
-
-
-def _help(options: Mapping[str, Any]) -> None:
-    print((sys.modules["__main__"].__doc__ or "").strip())
-    print(
-        "\nOptions (with their defaults):\n  --config=FILE[:ARG]   a config file, and a word for it"
-    )
-    print("  --config.KEY=VALUE    set a field, such as --config.steps=100")
-    for name, default in options.items():
-        print(f"  --{name}={str(default).lower() if isinstance(default, bool) else repr(default)}")
-    sys.exit(0)
 
 
 def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:

@@ -18,10 +18,10 @@ class Data:
 
     source: str = "stdlib"  # stdlib | packages | tfds:NAME | text:FOLDER
     tokenizer: str = "bytes"  # bytes | bpe:FILE (a tokenizers JSON file)
-    layout: Literal["windows", "packed", "stream"] = "windows"
+    layout: Literal["windows", "packed", "stream"] = "windows"  # see docs/data.md
     length: int = 512  # tokens in a row
     batch: int = 16  # rows in a global batch, over all hosts
-    seed: int = 0
+    seed: int = 0  # of the order of rows, another in each epoch
     folder: str = ""  # data_dir of TFDS, and where token files are cached ("": the user's cache)
 
 
@@ -30,16 +30,16 @@ class Optimizer:
     """Update rule and learning-rate schedule; weight decay touches matrices only."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 3e-3
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 100
+    learning_rate: float = 3e-3  # the peak
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warmup
+    warmup_steps: int = 100  # of a linear rise from 0
     decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay
     final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # 0: off
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of the squares
+    weight_decay: float = 0.1  # times the learning rate, each step; of maps of the stream
+    clip_norm: float = 1.0  # largest norm of all gradients together; 0: off
     accumulation: int = 1  # microbatches summed before one update
 
 
@@ -47,9 +47,9 @@ class Optimizer:
 class Mesh:
     """Devices along each mesh axis; -1 on one axis takes all that the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model, each with rows of its own
+    fsdp: int = 1  # rows of the batch, and weights split over the same devices
+    tensor: int = 1  # heads and channels of each layer
 
 
 @dataclasses.dataclass
@@ -66,10 +66,10 @@ class Evaluation:
     """Validation during and after training."""
 
     every_steps: int = 200  # 0: only at the end
-    batches: int = 16
+    batches: int = 16  # of the validation split, from its start
     sample_tokens: int = 256  # tokens of the sample printed at the end; 0: none
-    sample_prompt: str = "def "
-    temperature: float = 0.7
+    sample_prompt: str = "def "  # what the sample goes on from
+    temperature: float = 0.7  # of the sample; 0: always the likeliest token
 
 
 @dataclasses.dataclass
@@ -85,12 +85,10 @@ class Experiment:
     """One experiment: a model, its data, and how it is trained."""
 
     model: Any = None  # models.lm.Config
-    steps: int = 1000
-    seed: int = 0
-    carry_state: bool = (
-        False  # truncated BPTT: states pass from a batch to the next (stream layout)
-    )
-    log_every: int = 10
+    steps: int = 1000  # updates of the weights in all
+    seed: int = 0  # of the first weights
+    carry_state: bool = False  # truncated BPTT: rows go on with their state (layout "stream")
+    log_every: int = 10  # steps between two lines of the log
     data: Data = dataclasses.field(default_factory=Data)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)

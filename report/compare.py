@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 
 from report.report import Column, Report
-from report.table import cell, origin
+from report.table import PIPED, cell, origin
 from resources import intervals
 from resources.row import Row
 
@@ -79,7 +79,8 @@ def _timed(row: Row) -> bool:
 def show(before: Report, after: Report, file: Any = None) -> None:
     """Print the rows that differ, and where the reports come from."""
     file = file or sys.stdout
-    console = rich.console.Console(file=file, width=None if file.isatty() else 150, highlight=False)
+    width = None if file.isatty() else PIPED
+    console = rich.console.Console(file=file, width=width, highlight=False)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if name in ("", "change") else "right")

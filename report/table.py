@@ -13,6 +13,7 @@ import rich.table
 from report.report import Column, Contest, Crossover, Report, row_names
 from resources.row import Row
 
+PIPED = 10_000  # columns for what is piped: it is not cut to a screen's width
 LETTERS = {"measured": "m", "compiled": "c", "modelled": "f", "assumed": "a"}
 LEGEND = (
     "m measured (clock, allocator, energy counter)   "
@@ -24,7 +25,7 @@ LEGEND = (
 def show(report: Report, file: Any = None) -> None:
     """Print the table: a column a config, a row a number, and how each number was obtained."""
     file = file or sys.stdout
-    width = None if file.isatty() else 60 + 30 * len(report.columns)
+    width = None if file.isatty() else PIPED
     console = rich.console.Console(file=file, width=width, highlight=False)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     table.add_column("")

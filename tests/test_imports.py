@@ -41,6 +41,7 @@ LIGHT = {
     "configs.overrides",
     "configs.checks",
     "configs.preview",
+    "configs.usage",
 }
 SKIPPED = {"runs", "build", "dist"}
 

@@ -23,6 +23,7 @@ from training.manifest import write_atomic
 PHASES = ("init", "compile", "restore", "data", "step", "evaluation", "save", "other")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 EXACT = ("loss", "grad_norm")  # also recorded as hexadecimal floats, to compare runs bit by bit
+PIPED = 10_000  # columns for what is piped: it is not cut to a screen's width
 WIDE = 110  # columns of a terminal that has room for the bar and all numbers
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,7 +195,8 @@ class _Board:
         self._make, session = proto.Event, proto.SessionLog  # pyright: ignore
         self._scalar, self._writer = scalar, None
         with contextlib.suppress(OSError):
-            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            (folder / "events").mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events" / "events"), f".{os.getpid()}")
         # Tells TensorBoard to forget what killed runs wrote about the steps to come.
         self._write(start_step + 1, session_log=session(status=session.START))
 
@@ -225,7 +227,7 @@ def print_block(rows: dict[str, str]) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPED, highlight=False)
 
 
 class _Terminal:

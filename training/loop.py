@@ -286,7 +286,7 @@ def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:
     step = int(state.step)
     picture = log.folder / "loss.png"
     if log.writes:
-        plot.loss_curve(log.metrics_path, picture, title=plan.experiment.data.source)
+        plot.loss_curve([log.folder], picture)
     steps = checkpoints.steps()
     paths = {
         "checkpoint": checkpoints.folder / str(steps[-1]) if steps else checkpoints.folder,

@@ -1,65 +1,109 @@
-"""The loss curve of a run, drawn from its metrics.jsonl."""
+"""Loss curves, drawn from the metrics.jsonl of one run or of several."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from training import log
 
 INK, ACCENT, WARM = "#22252b", "#2563a8", "#c8512b"
+# Of several runs (Okabe and Ito 2008: apart for every kind of colour blindness).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SMOOTHING = 0.02  # width of the smoothing kernel, as a share of the x axis ...
 EARLY = 0.1  # ... but at most this share of the place itself: the first steps fall steeply
 
 
-def loss_curve(metrics_path: Path, png_path: Path, title: str) -> Path:
+def loss_curve(folders: Sequence[str | Path], png_path: str | Path) -> Path:
     """Bits per byte over training tokens as PNG and, beside it, SVG; returns the PNG's path.
 
-    Training loss is drawn raw and smoothed (a Gaussian, 2 % of the axis wide, less at its start),
-    validation as points. Without token counts the axis is steps. The footer names device and
-    commit from environment.json. Raises ValueError where no record has a training loss.
+    `folders` are those of runs. Of a single one, training loss is drawn raw and smoothed (a
+    Gaussian, 2 % of the axis wide, less at its start), validation as points, and the title says
+    run and model; of several, each has a colour. Without token counts the axis is steps. The footer
+    names device and commit from environment.json. Raises ValueError where no record of a run has a
+    training loss, or a folder is no run.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train, validation, unit = _series(log.records(Path(metrics_path)))
-    if not len(train):
-        raise ValueError(f"{metrics_path} holds no record with bits_per_byte: nothing to draw.")
+    runs = [Path(folder) for folder in folders]
+    found = [_series(run) for run in runs]
+    units = {unit for *_, unit in found}
+    if len(units) > 1:
+        raise ValueError("some of these runs count tokens and others only steps: draw them apart.")
     with pyplot.rc_context():
         pyplot.rcParams.update({"font.size": 9, "text.color": INK, "svg.hashsalt": "loss"})
         pyplot.rcParams.update({"axes.edgecolor": INK, "axes.labelcolor": INK})
         figure, axes = pyplot.subplots(figsize=(5.6, 3.5), layout="constrained")
-        _draw(axes, train, validation)
-        axes.set_xlabel(f"training {unit}")
+        one = len(runs) == 1
+        for i, (run, (train, validation, _)) in enumerate(zip(runs, found, strict=True)):
+            if one:
+                _draw(axes, train, validation, "", (ACCENT, WARM))
+            else:
+                _draw(axes, train, validation, run.name, (COLOURS[i % len(COLOURS)],) * 2)
+        _frame(axes, found)
+        axes.set_xlabel(f"training {units.pop()}")
         axes.set_ylabel("bits per byte")
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        figure.supxlabel(_footer(Path(metrics_path)), fontsize=6.5, color="#777777", ha="center")
+        title = f"{runs[0].resolve().name}: {model(runs[0])}" if one else "loss of several runs"
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", wrap=True)
+        figure.supxlabel(_footer(runs), fontsize=6.5, color="#777777", ha="center")
+        Path(png_path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png_path, dpi=200, metadata={"Software": None})
         figure.savefig(Path(png_path).with_suffix(".svg"), metadata={"Date": None})
         pyplot.close(figure)
     return Path(png_path)
 
 
-def _draw(axes, train: np.ndarray, validation: np.ndarray) -> None:
+def model(run: Path) -> str:
+    """What a run trains, from its config.json: the layers of the pattern, width and depth."""
+    path = run / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())["model"] if path.exists() else {}
+    layers = dict.fromkeys(_architectures(config.get("pattern", [])))
+    sizes = [f"{name} {config[name]}" for name in ("width", "depth") if name in config]
+    return ", ".join([" + ".join(layers) or "a model", *sizes])
+
+
+def _architectures(tree: Any) -> list[str]:
+    """Names of the architectures in a part of a config that mix tokens, in order."""
+    if isinstance(tree, dict):
+        inner = [name for value in tree.values() for name in _architectures(value)]
+        _, *family, name, _ = ["", *str(tree.get("class", "x.y")).split(".")]
+        is_mixer = family[:1] == ["models"] and family[1:2] not in (["block"], ["channel"])
+        return inner or ([name] if is_mixer else [])
+    return [name for one in tree for name in _architectures(one)] if isinstance(tree, list) else []
+
+
+def _draw(axes, train: np.ndarray, validation: np.ndarray, run: str, colours) -> None:
+    """One run: its training loss, its validation; `run` "" where it is the only one."""
+    x, y = train.T
+    smooth = _smooth(x, y)
+    label = f"{run or 'train'}, last {smooth[-1]:.3f}"
+    axes.plot(x, y, color=colours[0], alpha=0.15 if run else 0.25, linewidth=0.8)
+    axes.plot(x, smooth, color=colours[0], linewidth=1.6, label=label)
+    if len(validation):
+        label = None if run else f"validation, last {validation[-1, 1]:.3f}"
+        look: dict[str, Any] = dict(color=colours[1], markersize=4, linewidth=0.8, zorder=3)
+        axes.plot(*validation.T, "o-", label=label, **look)
+
+
+def _frame(axes, found: list) -> None:
+    """Limits that show the later part of every run, ticks, grid and legend."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    x, y = train.T
-    axes.plot(x, y, color=ACCENT, alpha=0.25, linewidth=0.8)
-    smooth = _smooth(x, y)
-    axes.plot(x, smooth, color=ACCENT, linewidth=1.6, label=f"train, last {smooth[-1]:.3f}")
-    if len(validation):
-        label = f"validation, last {validation[-1, 1]:.3f}"
-        axes.plot(
-            *validation.T, "o-", color=WARM, markersize=4, linewidth=0.8, label=label, zorder=3
-        )
-    lowest = min(smooth.min(), *validation[:, 1], y.min())
-    # The first steps fall from log2(vocabulary): cut there so that the rest can be read.
-    top = max(smooth[len(smooth) // 20], *validation[:, 1], y[-1])
+    lows, tops = [], []
+    for train, validation, _ in found:
+        smooth = _smooth(*train.T)
+        lows += [smooth.min(), *validation[:, 1], train[:, 1].min()]
+        # The first steps fall from log2(vocabulary): cut there so that the rest can be read.
+        tops += [smooth[len(smooth) // 20], *validation[:, 1], train[-1, 1]]
+    lowest, top = min(lows), max(tops)
     margin = 0.08 * (top - lowest) + 1e-3
     axes.set_ylim(lowest - margin, top + 2 * margin)
-    axes.set_xlim(0, x.max() * 1.02)
+    axes.set_xlim(0, max(train[:, 0].max() for train, *_ in found) * 1.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(color="#d9dce1", linewidth=0.6)
@@ -69,11 +113,17 @@ def _draw(axes, train: np.ndarray, validation: np.ndarray) -> None:
     axes.legend(loc="upper right", framealpha=1.0, edgecolor="none", fancybox=False)
 
 
-def _series(records: list[dict]) -> tuple[np.ndarray, np.ndarray, str]:
+def _series(run: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """(n, 2) arrays of position and bits per byte for training and validation, and the unit."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} is no folder of a run: it has no metrics.jsonl.")
+    records = log.records(path)
     train = [r for r in records if r.get("bits_per_byte") is not None]
     validation = [r for r in records if r.get("validation_bits_per_byte") is not None]
-    unit = "tokens" if train and all("tokens" in r for r in train) else "step"
+    if not train:
+        raise ValueError(f"{path} holds no record with bits_per_byte: nothing to draw.")
+    unit = "tokens" if all("tokens" in r for r in train) else "step"
     steps = [r["step"] for r in train]
     places = [r["tokens" if unit == "tokens" else "step"] for r in train]
 
@@ -97,10 +147,16 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def _footer(metrics_path: Path) -> str:
-    path = metrics_path.with_name("environment.json")
-    facts = json.loads(path.read_text()) if path.exists() else {}
-    device = f"{facts.get('devices', '?')} x {facts.get('device', 'unknown device')}"
-    commit = (facts.get("commit") or "none")[:10] + ("+" if facts.get("dirty") else "")
-    jax = facts.get("packages", {}).get("jax", "?")
+def _footer(runs: list[Path]) -> str:
+    """Device, commit and version of jax; what several runs do not share is said to vary."""
+    paths = [run / "environment.json" for run in runs]
+    facts = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+
+    def shared(say) -> str:
+        values = {say(one) for one in facts}
+        return values.pop() if len(values) == 1 else "varies"
+
+    device = shared(lambda f: f"{f.get('devices', '?')} x {f.get('device', 'unknown device')}")
+    commit = shared(lambda f: (f.get("commit") or "none")[:10] + ("+" if f.get("dirty") else ""))
+    jax = shared(lambda f: f.get("packages", {}).get("jax", "?"))
     return f"{device}  |  commit {commit}  |  jax {jax}"

@@ -1,7 +1,9 @@
 """What a command line may say: files, overrides, options; what comes back is frozen."""
 
 import dataclasses
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -9,6 +11,8 @@ from ml_collections import config_flags
 
 from configs import loading, overrides, schema
 from tests.configs.shipped import OPTIONS, read, refusal
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,19 @@ def test_help_prints_the_docstring_and_the_options(monkeypatch, capsys, flag):
         loading.parse([flag], OPTIONS)
     out = capsys.readouterr().out
     assert not stop.value.code and out.startswith("Does one thing.\n")
-    assert "--dry_run=false" in out and "--rounds=3" in out and "--config=FILE[:ARG]" in out
+    assert "--dry_run=false" in out and "--rounds=3" in out and "--config=FILE[:WORD]" in out
+    assert "configs/quickstart.py" in out and "checkpoint.keep=3 " in out
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_says_what_every_option_and_field_does(program):
+    done = subprocess.run(
+        [sys.executable, program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    options, files, fields = (part.splitlines()[1:] for part in done.stdout.split("\n\n")[-3:])
+    for line in (*options, *files, *fields):
+        name, _, words = line.strip().partition("  ")
+        assert words.strip(), f"--help has no word on {name}"
 
 
 def test_spans():

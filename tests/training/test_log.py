@@ -105,7 +105,7 @@ def test_full_disk_drops_records_with_one_warning(tmp_path, capsys):
 def tensorboard_events(folder: Path) -> list:
     """Every event of all TensorBoard files in `folder`: length, its CRC, content, its CRC."""
     events = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in sorted((folder / "events").glob("events.out.tfevents.*")):
         content, at = path.read_bytes(), 0
         while at < len(content):
             size = int.from_bytes(content[at : at + 8], "little")
@@ -219,21 +219,42 @@ def test_account_of_a_run_equals_wall_time(tmp_path):
     assert re.search(r"^\d+\.\d s: .*compile \d+\.\d %", text)
 
 
-def test_loss_curve(tmp_path):
-    folder = tmp_path / "run"
+def written_run(folder):
+    """The folder of a run of 14 steps, as a log leaves it."""
     folder.mkdir()
+    pattern = [{"class": "models.recurrent.rg_lru.Config"}] * 2
+    pattern += [{"class": "models.block.residual.Config", "mixer": pattern[0]}]
+    model = {"class": "models.lm.Config", "width": 8, "depth": 3, "pattern": pattern}
     with Log(folder, 20) as written:
-        written.begin(ROWS, 0, {})
+        written.begin(ROWS, 0, {"model": model})
         for step in range(1, 15):
             written.record(step, metrics_of(step))
         written.record(14, {"validation_bits_per_byte": 0.5})
-    picture = plot.loss_curve(written.metrics_path, folder / "loss.png", "a title")
+    return folder
+
+
+def test_loss_curve(tmp_path):
+    run = written_run(tmp_path / "first")
+    picture = plot.loss_curve([run], run / "loss.png")
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     text = picture.with_suffix(".svg").read_text()
     assert "<svg" in text and "<dc:date>" not in text
-    train, validation, unit = plot._series(records(written.metrics_path))
+    assert "first: rg_lru, width 8, depth 3" in text, "titled by run and model"
+    train, validation, unit = plot._series(run)
     assert unit == "tokens" and train[-1, 0] == 64 * 14
     assert validation.tolist() == [[64 * 14, 0.5]], "placed by its step"
-    (tmp_path / "none.jsonl").write_text('{"step": 1, "grad_norm": 1.0}\n')
+
+
+def test_several_runs_in_one_picture(tmp_path):
+    runs = [written_run(tmp_path / name) for name in ("first", "second")]
+    text = plot.loss_curve(runs, tmp_path / "deeper" / "x.png").with_suffix(".svg").read_text()
+    assert all(f"<!-- {run.name}, last" in text for run in runs)
+    assert all(colour in text for colour in plot.COLOURS[:2]) and plot.COLOURS[2] not in text
+
+
+def test_what_is_no_run_is_not_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "grad_norm": 1.0}\n')
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot.loss_curve(tmp_path / "none.jsonl", tmp_path / "x.png", "")
+        plot.loss_curve([tmp_path], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="is no folder of a run"):
+        plot.loss_curve([tmp_path / "none"], tmp_path / "x.png")
