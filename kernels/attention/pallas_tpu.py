@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from kernels import chunks, dispatch, tpu
 from kernels import segments as packed
 from kernels.attention import scores
-from kernels.attention.pallas_walk import (
+from kernels.attention.pallas_tpu_schedule import (
     CLOSES,
     CUT,
     FIRST,

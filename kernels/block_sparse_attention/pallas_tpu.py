@@ -33,8 +33,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import tpu
-from kernels.block_sparse_attention import bodies, lists, visits
-from kernels.block_sparse_attention.bodies import Plan, Walk
+from kernels.block_sparse_attention import lists, visits
+from kernels.block_sparse_attention import pallas_tpu_bodies as bodies
+from kernels.block_sparse_attention.pallas_tpu_bodies import Plan, Walk
 
 LEAST_QUERIES, LEAST_KEYS = 16, 8  # of blocks that are taken singly
 ROWS, COLUMNS = 512, 512  # scores of one step, about

@@ -4,8 +4,8 @@ A program owns a row of the batch and a few heads, and takes the chunks in order
 stay in VMEM scratch from chunk to chunk; q, k, v and the gates are read once and o is written once.
 For a backward pass the forward walk also writes the state that enters each chunk, K V / C numbers a
 token, and nothing else: the backward walk goes from the last chunk to the first with the state's
-gradient in scratch, and computes scores and inverse again. A chunk's algebra is in `tile` and
-`tile_low_rank`.
+gradient in scratch, and computes scores and inverse again. What happens in a chunk is in
+`pallas_tpu_chunk` and `pallas_tpu_low_rank`.
 
 Arrays are (B, H, T, X): the compiler gives the projections before and after a call that layout for
 nothing, while heads side by side, (B, T, H X), would be copied. One number a head and token, as
@@ -26,9 +26,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, dispatch, tpu
-from kernels.delta_rule import tile, tile_low_rank
+from kernels.delta_rule import pallas_tpu_chunk, pallas_tpu_low_rank
 
-LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that `tile` takes
+LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that a chunk takes
 # Lanes of a program's heads: enough work to hide the fixed cost of a step, few enough for VMEM,
 # where the backward pass of vector gates keeps every level of the halving.
 SCALAR_LANES, VECTOR_LANES = 512, 256
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     """A launch: all that is static."""
 
     name: str
-    forward: Callable  # of one chunk, as `tile.forward`
+    forward: Callable  # of one chunk, as `pallas_tpu_chunk.forward`
     backward: Callable
     kinds: tuple[str, ...]  # of the inputs: key, value, vector or row
     chunk: int
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     groups: int  # of a program
     heads: int  # of a group
     scale: float
-    narrow: bool  # products as `tile.product` says
+    narrow: bool  # products as `pallas_tpu_chunk.product` says
 
 
 def uncovered(function: str, q, k, v, *gates, **_) -> str:
@@ -115,7 +115,7 @@ def _over_mesh(local, arrays, dims, segments, initial_state, scale):
     q, v = arrays["q"], arrays["v"]
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        initial_state = jnp.zeros(shape, tile.wide_of(v))
+        initial_state = jnp.zeros(shape, pallas_tpu_chunk.wide_of(v))
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     return tpu.over_mesh(
         functools.partial(local, scale=scale),
@@ -134,8 +134,8 @@ def _delta_rule(q, k, v, beta, initial_state, *, log_decay=None, segments=None, 
     wanted = VECTOR_LANES if "vector" in kinds else SCALAR_LANES
     plan = Plan(
         name="delta_rule",
-        forward=tile.forward,
-        backward=tile.backward,
+        forward=pallas_tpu_chunk.forward,
+        backward=pallas_tpu_chunk.backward,
         kinds=kinds,
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
@@ -151,8 +151,8 @@ def _dplr(q, k, v, a, b, log_decay, initial_state, *, segments=None, scale):
     """One device's rows and heads."""
     plan = Plan(
         name="dplr",
-        forward=tile_low_rank.forward,
-        backward=tile_low_rank.backward,
+        forward=pallas_tpu_low_rank.forward,
+        backward=pallas_tpu_low_rank.backward,
         kinds=("key", "key", "value", "key", "key", "key"),
         chunk=_chunk_length(q.shape[1]),
         count=-(-q.shape[1] // _chunk_length(q.shape[1])),
@@ -178,7 +178,7 @@ def _groups_taken(groups: int, lanes: int, wanted: int) -> int:
 
 def _laid_out(plan: Plan, inputs: tuple, segments, initial_state):
     """Arrays as the kernels read them, and the results as the caller does."""
-    wide, length = tile.wide_of(inputs[2]), inputs[0].shape[1]
+    wide, length = pallas_tpu_chunk.wide_of(inputs[2]), inputs[0].shape[1]
     by_kind = [
         _as_rows(plan, x.astype(wide)) if kind == "row" else _by_head(plan, x)
         for x, kind in zip(inputs, plan.kinds, strict=True)
@@ -199,7 +199,7 @@ def _as_rows(plan: Plan, x_BTH):
 
 
 def _codes(plan: Plan, segments):
-    """Documents as `tile.make_marks` takes them, (B, N, 4, 1, C), or None."""
+    """Documents as `pallas_tpu_chunk.make_marks` takes them, (B, N, 4, 1, C), or None."""
     within = chunks.boundaries(chunks.pad(segments, plan.chunk), plan.chunk)
     if within is None:
         return None
@@ -303,11 +303,11 @@ def _specs(plan: Plan, inputs, state, at: Callable) -> dict[str, pl.BlockSpec]:
     }
 
 
-def _take(plan: Plan, packed: bool, refs: tuple) -> tuple[list, tile.Marks, tuple]:
+def _take(plan: Plan, packed: bool, refs: tuple) -> tuple[list, pallas_tpu_chunk.Marks, tuple]:
     """A chunk's inputs and marks, and the other refs."""
     count = len(plan.kinds)
     codes = refs[count][...] if packed else None
-    marks = tile.make_marks(plan.chunk, codes)
+    marks = pallas_tpu_chunk.make_marks(plan.chunk, codes)
     return [ref[...] for ref in refs[:count]], marks, refs[count + packed :]
 
 

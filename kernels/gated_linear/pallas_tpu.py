@@ -9,7 +9,7 @@ everything else again.
 
 Arrays are (B, H, T, K): the compiler gives the projections before and after a call that layout for
 nothing, while heads side by side, (B, T, H K), would be copied. In VMEM a program's heads are put
-side by side. pallas_scalar.py and pallas_vector.py hold a chunk's mathematics.
+side by side. pallas_tpu_scalar.py and pallas_tpu_vector.py hold a chunk's mathematics.
 """
 
 import functools
@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, dispatch, tpu
-from kernels.gated_linear import pallas_scalar, pallas_vector
-from kernels.gated_linear.pallas_chunk import (
+from kernels.gated_linear import pallas_tpu_scalar, pallas_tpu_vector
+from kernels.gated_linear.pallas_tpu_chunk import (
     Form,
     beside,
     mask,
@@ -228,7 +228,7 @@ def _type(x: jax.Array, *shape: int, dtype=None) -> jax.ShapeDtypeStruct:
 
 
 def _mathematics(laid: Laid) -> types.ModuleType:
-    return pallas_scalar if laid.gates.ndim == 5 else pallas_vector
+    return pallas_tpu_scalar if laid.gates.ndim == 5 else pallas_tpu_vector
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

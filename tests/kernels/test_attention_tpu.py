@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.attention import attention, pallas_tpu, pallas_walk
+from kernels.attention import attention, pallas_tpu
+from kernels.attention import pallas_tpu_schedule as schedule
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
@@ -14,7 +15,7 @@ RULES = [(1000, True, 0), (1000, True, 200), (1000, False, 0), (130, True, 1), (
 
 
 def rule_of(length, causal, window):
-    return pallas_walk.Rule(length, causal, window, 1.0, 0.0)
+    return schedule.Rule(length, causal, window, 1.0, 0.0)
 
 
 def visible(length, causal, window):
@@ -35,7 +36,7 @@ def assert_covers(rule, walk, block, first=0, count=None):
         part = np.s_[i * block : (i + 1) * block, j * block : (j + 1) * block]
         covered[part] += 1
         assert seen[part].any()
-        assert marks & pallas_walk.CUT or seen[part][: rule.length - i * block].all()
+        assert marks & schedule.CUT or seen[part][: rule.length - i * block].all()
     assert covered.max() == 1 and (covered[seen] == 1).all()
 
 
@@ -43,7 +44,7 @@ def assert_covers(rule, walk, block, first=0, count=None):
 @pytest.mark.parametrize("block", [8, 64])
 def test_the_forward_walk_covers_what_is_visible(given, block):
     rule = rule_of(*given)
-    walk = pallas_walk.forward_walk(rule, block)
+    walk = schedule.forward_walk(rule, block)
     assert_covers(rule, walk, block)
     assert (np.diff(walk.queries) >= 0).all()
 
@@ -57,24 +58,24 @@ def test_the_backward_walk_keeps_open_queries_apart(given, parts):
     each = -(-blocks // parts)
     for first in range(0, blocks, each):
         count = min(each, blocks - first)
-        walk = pallas_walk.backward_walk(rule, block, first, count)
+        walk = schedule.backward_walk(rule, block, first, count)
         assert_covers(rule, walk, block, first, count)
         assert (np.diff(walk.keys) >= 0).all()
         slots, closed = {}, []
         for n, (i, marks) in enumerate(zip(walk.queries, walk.marks, strict=True)):
             slot = (i - first) % walk.ring
-            if marks & pallas_walk.OPENS:
+            if marks & schedule.OPENS:
                 assert slot not in slots and walk.opened[n] == i
                 slots[slot] = i
             assert slots[slot] == i
-            if marks & pallas_walk.CLOSES:
+            if marks & schedule.CLOSES:
                 assert walk.closed[n] == i
                 closed.append(slots.pop(slot))
         assert not slots and sorted(closed) == list(range(first, first + count))
 
 
 def test_a_window_bounds_the_open_queries():
-    walk = pallas_walk.backward_walk(rule_of(32768, True, 1024), 512, 0, 64)
+    walk = schedule.backward_walk(rule_of(32768, True, 1024), 512, 0, 64)
     # Three blocks of queries see a block of keys; the first is done before the third begins.
     assert walk.ring == 2
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.gated_linear.pallas_chunk import (
+from kernels.gated_linear.pallas_tpu_chunk import (
     Form,
     Mask,
     across,

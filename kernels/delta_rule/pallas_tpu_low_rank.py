@@ -1,4 +1,4 @@
-"""One chunk of `dplr` on a TPU core, as `tile` does the delta rule.
+"""One chunk of `dplr` on a TPU core, as `pallas_tpu_chunk` does the delta rule.
 
 Two readers, q after its token's gate and a before it, meet two writers, k that brings v and b that
 brings the recalls r_t = a_t^T S_{t-1}. The recalls depend on each other through a unit lower
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels.delta_rule import tile
-from kernels.delta_rule.tile import NN, NT, TN, Marks, only, product
+from kernels.delta_rule import pallas_tpu_chunk
+from kernels.delta_rule.pallas_tpu_chunk import NN, NT, TN, Marks, only, product
 
 
 class Pieces(NamedTuple):
@@ -42,10 +42,10 @@ def _pieces(scale, narrow, s_RKV, inputs: list, marks: Marks) -> Pieces:
     v_RCV = inputs[2]
     q_RCK, k_RCK, _, a_RCK, b_RCK, g_RCK = (x.astype(wide) for x in inputs)
     q_RCK, e_RCK = scale * q_RCK, jnp.exp(only(marks.real_1C1, g_RCK))
-    scores, (q_read_RCK, a_read_RCK), (k_write_RCK, b_write_RCK), keep_RCK, rest = tile.halving(
-        narrow, [q_RCK * e_RCK, a_RCK], [k_RCK, b_RCK], e_RCK
+    scores, (q_read_RCK, a_read_RCK), (k_write_RCK, b_write_RCK), keep_RCK, rest = (
+        pallas_tpu_chunk.halving(narrow, [q_RCK * e_RCK, a_RCK], [k_RCK, b_RCK], e_RCK)
     )
-    row, column = tile.positions(chunk, chunk)
+    row, column = pallas_tpu_chunk.positions(chunk, chunk)
     (qk_RCS, qb_RCS), (ak_RCS, ab_RCS) = scores
     qk_RCS = jnp.where(row == column, jnp.sum(q_RCK * k_RCK, axis=2, keepdims=True), qk_RCS)
     qb_RCS = jnp.where(row == column, jnp.sum(q_RCK * b_RCK, axis=2, keepdims=True), qb_RCS)
@@ -56,7 +56,7 @@ def _pieces(scale, narrow, s_RKV, inputs: list, marks: Marks) -> Pieces:
     read_1C1, write_1C1 = only(marks.read_1C1, one_1C1), only(marks.write_1C1, one_1C1)
     recalled_RCV = read_1C1 * product(a_read_RCK, s_RKV, NN, narrow)
     recalled_RCV += product(ak_RCS, v_RCV, NN, narrow)
-    inverse_RCS = tile.unit_lower_inverse(narrow, -ab_RCS)
+    inverse_RCS = pallas_tpu_chunk.unit_lower_inverse(narrow, -ab_RCS)
     return Pieces(
         q_RCK=q_RCK,
         k_RCK=k_RCK,
@@ -67,7 +67,7 @@ def _pieces(scale, narrow, s_RKV, inputs: list, marks: Marks) -> Pieces:
         a_read_RCK=a_read_RCK,
         k_write_RCK=k_write_RCK,
         b_write_RCK=b_write_RCK,
-        keep_RK1=only(marks.keep_111, tile.as_column(keep_RCK[:, :1])),
+        keep_RK1=only(marks.keep_111, pallas_tpu_chunk.as_column(keep_RCK[:, :1])),
         read_1C1=read_1C1,
         write_1C1=write_1C1,
         qk_RCS=qk_RCS,
@@ -95,7 +95,7 @@ def backward(scale, narrow, s_RKV, inputs: list, marks: Marks, ds_RKV, do_RCV):
     r = (I - M)^-1 z: dz is the transposed solve, dM is dz r^T.
     """
     p, v_RCV = _pieces(scale, narrow, s_RKV, inputs, marks), inputs[2]
-    row, column = tile.positions(v_RCV.shape[1], v_RCV.shape[1])
+    row, column = pallas_tpu_chunk.positions(v_RCV.shape[1], v_RCV.shape[1])
     strict_1CS = marks.pair_1CS & (row > column)
 
     dr_RCV = p.write_1C1 * product(p.b_write_RCK, ds_RKV, NN, narrow)
@@ -117,7 +117,7 @@ def backward(scale, narrow, s_RKV, inputs: list, marks: Marks, ds_RKV, do_RCV):
     leaving_R1K = jnp.sum(p.k_write_RCK * dwrites[0], axis=1, keepdims=True)
     leaving_R1K += jnp.sum(p.b_write_RCK * dwrites[1], axis=1, keepdims=True)
     kept_RK1 = jnp.sum(p.keep_RK1 * s_RKV * ds_RKV, axis=2, keepdims=True)
-    leaving_R1K += tile.as_row(kept_RK1)
+    leaving_R1K += pallas_tpu_chunk.as_row(kept_RK1)
     slopes = _gradients(scale, narrow, p, dscores, dreads, dwrites, leaving_R1K)
     dq_RCK, dk_RCK, da_RCK, db_RCK, dg_RCK = slopes
     dg_RCK = only(marks.real_1C1, dg_RCK)
@@ -126,8 +126,8 @@ def backward(scale, narrow, s_RKV, inputs: list, marks: Marks, ds_RKV, do_RCV):
 
 def _gradients(scale, narrow, p: Pieces, dscores, dreads, dwrites, leaving_R1K):
     """Of q, k, a, b and the gate. The diagonal has no gate in it, and a's own gate is not in a."""
-    row, column = tile.positions(p.q_RCK.shape[1], p.q_RCK.shape[1])
-    (dq_RCK, da_RCK), (dk_RCK, db_RCK) = tile.halving_backward(
+    row, column = pallas_tpu_chunk.positions(p.q_RCK.shape[1], p.q_RCK.shape[1])
+    (dq_RCK, da_RCK), (dk_RCK, db_RCK) = pallas_tpu_chunk.halving_backward(
         narrow, dscores, dreads, dwrites, p.rest
     )
     dq_RCK = dq_RCK * p.e_RCK
@@ -135,7 +135,9 @@ def _gradients(scale, narrow, p: Pieces, dscores, dreads, dwrites, leaving_R1K):
         jnp.sum(jnp.where(row == column, d, 0), axis=2, keepdims=True) for d in dscores[0]
     )
     passed_RCK = p.a_RCK * da_RCK
-    dg_RCK = tile.suffix_sums(p.q_RCK * dq_RCK + passed_RCK - p.k_RCK * dk_RCK - p.b_RCK * db_RCK)
+    dg_RCK = pallas_tpu_chunk.suffix_sums(
+        p.q_RCK * dq_RCK + passed_RCK - p.k_RCK * dk_RCK - p.b_RCK * db_RCK
+    )
     return (
         scale * (dq_RCK + to_k_RC1 * p.k_RCK + to_b_RC1 * p.b_RCK),
         dk_RCK + to_k_RC1 * p.q_RCK,
