@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -22,11 +21,10 @@ from typing import Protocol
 import numpy as np
 
 from configs.schema import Data
-from data import corpora, packing, token_cache
+from data import corpora, packing, splitmix, token_cache
 from data.tokenizers import Tokenizer, open_tokenizer
 
 _PREFETCHED_BATCHES = 4
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Batches(Iterator[packing.Batch], Protocol):
@@ -175,16 +173,9 @@ def _shuffled(layout: packing.Layout, seed: int) -> Callable[..., packing.Batch]
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """0..size-1 in the order of SplitMix64(key(seed, epoch) + i), int64.
-
-    Our own, so that no release of NumPy or Grain can change the order of a run.
-    """
-    key = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    mixed += np.frombuffer(key[:8], "<u8")[0]
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return np.argsort(mixed, kind="stable")
+    """0..size-1 in the order of SplitMix64(key(seed, epoch) + i), int64."""
+    draws = splitmix.mixed(splitmix.key(f"{seed}/{epoch}") + splitmix.steps(size))
+    return np.argsort(draws, kind="stable")
 
 
 def _seconds(call: Callable[[int], object], count: int) -> float:

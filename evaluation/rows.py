@@ -51,7 +51,8 @@ def model_flops(subject: Subject) -> float:
 def _loss(subject: Subject):
     def loss(params, batch):
         model = nnx.merge(subject.trainer.graph, params)
-        return model.loss(batch["inputs"], batch["targets"], batch["weights"])
+        hidden = batch.get("hidden")
+        return model.loss(batch["inputs"], batch["targets"], batch["weights"], hidden=hidden)
 
     return loss
 

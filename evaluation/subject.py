@@ -89,6 +89,7 @@ class Subject:
         words = rng.integers(self.experiment.model.vocabulary, size=shape, dtype=np.int32)
         ones = np.ones(shape, np.int32)
         rows = dict(inputs=words, targets=words, segments=ones, weights=ones.astype(np.float32))
+        rows["hidden"] = rng.random(shape) < lm.HIDDEN  # read by encoders alone
         return put_batch(self.trainer.batch, rows)
 
     def state(self) -> Any:

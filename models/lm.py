@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels.cross_entropy import cross_entropy
 from models import layers, mixer, multi_token, positions, reports, stacks
@@ -164,14 +164,16 @@ class LM(nnx.Module):
         weights: Float[Array, "B T"],
         *,
         segments: Int[Array, "B T"] | None = None,
+        hidden: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
         """Sum over tokens of weights * nll in nats, and the nll of each token; keeps no state.
 
-        An encoder ("masked") ignores `targets`: it fills in `inputs` where they were hidden.
+        An encoder ("masked") ignores `targets`: it fills in `inputs` where they are `hidden`, a
+        share HIDDEN of them (see data/masking.py).
         """
-        hidden = self._hidden(inputs, segments)
+        task = self._task(inputs, targets, weights, hidden)
         x, _, _ = self._blocks(inputs, segments, None, hidden)
-        return self.nll(self.norm(x), *self._task(inputs, targets, weights, hidden))
+        return self.nll(self.norm(x), *task)
 
     def training_loss(
         self,
@@ -180,6 +182,7 @@ class LM(nnx.Module):
         weights: Float[Array, "B T"],
         *,
         segments: Int[Array, "B T"] | None = None,
+        hidden: Bool[Array, "B T"] | None = None,
         state: mixer.State | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], mixer.State]:
         """What training minimises, what it reports by name, and the state if one came in.
@@ -187,11 +190,11 @@ class LM(nnx.Module):
         The total is `loss` and, on top, the losses that layers add (of routers) and those of tokens
         further ahead; the report holds "loss" itself and every addend.
         """
-        hidden = self._hidden(inputs, segments)
+        task = self._task(inputs, targets, weights, hidden)
         old = None if state is None else self._enter(state, segments)
         x, new, found = self._blocks(inputs, segments, old, hidden)
         after = new | {"segment": self._number(old["segment"], segments)} if old else ()
-        nll, _ = self.nll(self.norm(x), *self._task(inputs, targets, weights, hidden))
+        nll, _ = self.nll(self.norm(x), *task)
         losses, measures = found["losses"], found["measures"]
         if self.further is not None:
             losses = losses | {"further": self.further.loss(self, x, targets, weights, segments)}
@@ -238,16 +241,13 @@ class LM(nnx.Module):
         _, last = mixer.first_and_last(segments)
         return jnp.where(last > 0, last, before)
 
-    def _hidden(self, inputs, segments):
-        """Where an encoder's inputs are hidden (B, T): the same places for the same batch."""
-        if self.objective == "next":
-            return None
-        key = jax.random.fold_in(jax.random.key(0), inputs.astype(jnp.uint32).sum())
-        hidden = jax.random.bernoulli(key, HIDDEN, inputs.shape)
-        return hidden if segments is None else hidden & (segments != 0)
-
     def _task(self, inputs, targets, weights, hidden):
         """What to predict at each token, and its weight: hidden tokens count for all."""
+        if (hidden is None) != (self.objective == "next"):
+            raise ValueError(
+                f"model.objective={self.objective!r} with{'out' * (hidden is None)} `hidden`: an "
+                "encoder ('masked') needs the places to fill in, a language model has none."
+            )
         if hidden is None:
             return targets, weights
         return inputs, weights * hidden / HIDDEN

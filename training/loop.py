@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from configs import schema
+from data import masking
 from data.pipeline import Split, open_split
 from data.tokenizers import open_tokenizer
 from models import lm, named_weights
@@ -54,8 +55,10 @@ def make_plan(experiment: schema.Experiment) -> Plan:
     experiment = settled(experiment)  # before minutes of encoding
     host, hosts = jax.process_index(), jax.process_count()
     mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
-    train = open_split(experiment.data, "train", host, hosts)
-    validation = open_split(experiment.data, "validation", host, hosts)
+    splits = [open_split(experiment.data, name, host, hosts) for name in ("train", "validation")]
+    if experiment.model.objective == "masked":
+        splits = [masking.masked(split, lm.HIDDEN) for split in splits]
+    train, validation = splits
     lengths = np.zeros(experiment.model.vocabulary, np.float32)
     lengths[: train.tokenizer.vocabulary] = train.tokenizer.byte_lengths
     return Plan(experiment, mesh, make_trainer(experiment, mesh, lengths), train, validation)

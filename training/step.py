@@ -67,7 +67,7 @@ def make_trainer(
     abstract = _with_shardings(jax.eval_shape(lambda: init(build())), dims, mesh)
     stored = jax.tree.map(_unpadded, abstract, jax.eval_shape(lambda: init(build(multiple=1))))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    batch = _abstract_batch(data, mesh)
+    batch = _abstract_batch(data, mesh, model.objective == "masked")
     rows = {name: leaf.sharding for name, leaf in batch.items()}
     one = NamedSharding(mesh, P())
     update = _update_function(experiment, graph, optimizer, byte_lengths)
@@ -112,7 +112,7 @@ def _unpadded(leaf, bare) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(bare.shape, bare.dtype, sharding=where)
 
 
-def _abstract_batch(data: Data, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(data: Data, mesh, masked: bool) -> dict[str, jax.ShapeDtypeStruct]:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = data.batch
     if rows % ways:
@@ -120,6 +120,7 @@ def _abstract_batch(data: Data, mesh) -> dict[str, jax.ShapeDtypeStruct]:
         raise ValueError(f"data.batch={rows} does not split over {ways} devices. Use {near}.")
     where = NamedSharding(mesh, sharding.batch_spec(2))
     dtypes = dict(inputs=jnp.int32, targets=jnp.int32, segments=jnp.int32, weights=jnp.float32)
+    dtypes |= dict(hidden=jnp.bool_) if masked else {}
     shape = (rows, data.length)
     return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for n, dtype in dtypes.items()}
 
@@ -190,7 +191,8 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
         model = nnx.merge(graph, params)
         tokens = (batch["inputs"], batch["targets"], batch["weights"] / weight)
         old = jax.lax.stop_gradient(carry) if carry else None
-        total, said, carry = model.training_loss(*tokens, segments=batch["segments"], state=old)
+        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
+        total, said, carry = model.training_loss(*tokens, **rows, state=old)
         return total, (said, carry)
 
     def gradient(params, batch, carry):
@@ -250,7 +252,8 @@ def _evaluate_function(graph, byte_lengths):
     def evaluate(params, batch):
         model = nnx.merge(graph, params)
         inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
-        total, _ = model.loss(inputs, targets, weights, segments=batch["segments"])
+        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
+        total, _ = model.loss(inputs, targets, weights, **rows)
         return total, _bytes(batch, byte_lengths)
 
     return evaluate

@@ -126,13 +126,21 @@ def test_an_encoder_fills_in_what_was_hidden():
     config = dataclasses.replace(SMALL, pattern=(bidirectional.Config(),), objective="masked")
     model = config.build(nnx.Rngs(0))
     inputs, targets, weights = batch()
-    hidden = model._hidden(inputs, None)
+    hidden = jnp.asarray(np.random.default_rng(1).random(inputs.shape) < lm.HIDDEN)
     assert 0 < int(hidden.sum()) < inputs.size / 2
     x = model.embedded(inputs, hidden)
     other = model.embedded((inputs + 7) % 256, hidden)
     assert_close(x * hidden[..., None], other * hidden[..., None], np.float32, "hidden inputs")
-    total, nll = model.loss(inputs, targets, weights)
+    total, nll = model.loss(inputs, targets, weights, hidden=hidden)
     assert_close(total, jnp.sum(nll * weights * hidden) / lm.HIDDEN, np.float32, "total")
+
+
+def test_what_is_hidden_is_given_to_encoders_alone():
+    encoder = dataclasses.replace(SMALL, pattern=(bidirectional.Config(),), objective="masked")
+    with pytest.raises(ValueError, match="model.objective='masked' without `hidden`"):
+        encoder.build(nnx.Rngs(0)).loss(*batch())
+    with pytest.raises(ValueError, match="model.objective='next' with `hidden`"):
+        SMALL.build(nnx.Rngs(0)).loss(*batch(), hidden=jnp.ones((2, 16), bool))
 
 
 def test_an_encoder_has_no_state():

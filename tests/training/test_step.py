@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs.schema import Data, Experiment, Optimizer
 from models import lm
-from models.attention import softmax
+from models.attention import bidirectional, softmax
 from models.recurrent import rg_lru
 from parallel import sharding
 from parallel.mesh import make_mesh
@@ -115,6 +115,34 @@ def test_a_carried_state_reads_the_batch_before():
         total += loss
     ids = rows.pop("segments")
     assert_close(total, built.loss(**rows, segments=ids)[0], np.float32, "two batches")
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_encoder_learns_from_what_the_data_hide(accumulation):
+    """Each row's share of the loss and of the gradient is the same beside any other rows."""
+    model = lm.Config(
+        width=32, depth=1, pattern=(bidirectional.Config(),), objective="masked", dtype="float32"
+    )
+    experiment = Experiment(
+        model=model,
+        steps=1,
+        data=Data(batch=BATCH, length=LENGTH),
+        optimizer=Optimizer(warmup_steps=1, accumulation=accumulation),
+    )
+    mesh = on_devices({"data": 1})
+    rows = batch(0)
+    rows["hidden"] = np.random.default_rng(1).random((BATCH, LENGTH)) < lm.HIDDEN
+    with sharding.on(mesh):
+        trainer = make_trainer(experiment, mesh, np.ones(257))
+        state = trainer.init()
+        params = jax.tree.map(jnp.array, state.params)
+        given = put_batch(trainer.batch, rows)
+        total, _ = trainer.evaluate(state.params, given)
+        _, metrics = trainer.step(state, given)
+    built, tokens = nnx.merge(trainer.graph, params), jax.tree.map(jnp.asarray, rows)
+    each = [built.loss(**{k: v[i : i + 1] for k, v in tokens.items()})[0] for i in range(BATCH)]
+    assert float(total) == pytest.approx(float(sum(each)), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(sum(each)) / BATCH / LENGTH, rel=1e-5)
 
 
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
