@@ -7,12 +7,12 @@ import importlib.util
 import logging
 import math
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
 from kernels import evidence
+from kernels.setting import GENERATIONS, interpreter, target
 from programs import labels
 from programs.labels import Label
 
@@ -20,15 +20,6 @@ IMPLEMENTATIONS = ("ref", "xla", "pallas_tpu", "pallas_gpu")
 log = logging.getLogger(__name__)
 # Part of JAX's trace caches: a function jitted under one value is traced anew under another.
 _named = jax.make_user_context(None)
-_interpreter = jax.make_user_context(None)
-_layout = jax.make_user_context(None)
-GENERATIONS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-}
 
 
 @contextlib.contextmanager
@@ -36,45 +27,6 @@ def using(impl: str):
     """Within the block every call that names no implementation traces `impl`, or raises."""
     with _named(impl):
         yield
-
-
-@contextlib.contextmanager
-def interpreting(mode: Any = True) -> Iterator[None]:
-    """Within the block TPU kernels run in Pallas' interpreter, on any platform.
-
-    True is the fast form, for numbers; a `pltpu.InterpretParams` also simulates memories and
-    copies, and can look for races.
-    """
-    with _interpreter(mode):
-        yield
-
-
-def interpreter() -> Any:
-    """The mode of the interpreter that kernels traced now are for; None for the real device."""
-    return _interpreter.value
-
-
-@contextlib.contextmanager
-def layout(*, batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> Iterator[None]:
-    """Within the block TPU kernels split rows over the mesh axes `batch`, heads over `heads`."""
-    with _layout((batch, heads)):
-        yield
-
-
-def current_layout() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """(batch, heads) of the `layout` around the call; None outside of one."""
-    return _layout.value
-
-
-def target() -> str:
-    """What is traced for: a TPU generation (v4, v5e, v5p, v6e, tpu7x) or a platform.
-
-    A mesh in context decides, which may be of a machine that is not there; else the default device.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    platform = jax.default_backend() if device is None else device.platform
-    return GENERATIONS.get(kind, platform)
 
 
 @functools.cache
@@ -108,7 +60,7 @@ def choose(operation: str, function: str, impl: str | None) -> Callable:
         if impl == "pallas_tpu" and interpreter() is None and target() not in GENERATIONS.values():
             raise ValueError(
                 f"{function} as pallas_tpu needs a TPU and this is traced for {target()}; use xla, "
-                f"or call it within kernels.dispatch.interpreting()."
+                f"or call it within kernels.setting.interpreting()."
             )
         run = getattr(_module(operation, impl), function)
     run = jax.named_scope(function)(run)
@@ -165,10 +117,9 @@ def _labelled(operation: str, function: str, run: Callable, calls: dict[str, Lab
 @functools.cache
 def _cost(operation: str, function: str) -> Callable | None:
     """The function of that name in kernels/<operation>/cost.py; it takes the call's arguments."""
-    module = f"kernels.{operation}.cost"
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(f"kernels.{operation}.cost") is None:
         return None
-    return getattr(importlib.import_module(module), function, None)
+    return getattr(importlib.import_module(f"kernels.{operation}.cost"), function, None)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import dispatch, setting
 from kernels.evidence import FILE, title
 from kernels.subject import Subject, both_passes
 from programs import flops, topology
@@ -76,7 +76,7 @@ def compile_for(mesh: Mesh, subject: Subject, impl: str) -> tuple[Any, Any]:
         rows = P("data") if x.ndim > 1 and x.shape[0] % ways == 0 else P()
         return Format(Layout.AUTO, NamedSharding(mesh, rows))
 
-    with jax.set_mesh(mesh), dispatch.layout(batch=("data",), heads=("tensor",)):
+    with jax.set_mesh(mesh), setting.layout(batch=("data",), heads=("tensor",)):
         traced = jax.jit(
             lambda given: run(**given),
             in_shardings=(jax.tree.map(place, arguments),),

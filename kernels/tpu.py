@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch, vary
+from kernels import setting, vary
 from programs.flops import Walk
 
 LANE = 128
@@ -64,7 +64,7 @@ def call(
                 vmem_limit_bytes=vmem or None,
             ),
             cost_estimate=cost,
-            interpret=dispatch.interpreter() or False,
+            interpret=setting.interpreter() or False,
             name=name or getattr(body, "__name__", None),
         )
 
@@ -162,7 +162,7 @@ def over_mesh(
 ):
     """`function(**arguments)`, each device on its own rows and heads; as it is without a mesh.
 
-    `dims` gives an array a letter a dimension: b is split over the batch axes of `dispatch.layout`,
+    `dims` gives an array a letter a dimension: b is split over the batch axes of `setting.layout`,
     h, g (heads and the groups they share) and d (channels) over its heads axes, all others are
     whole. A dimension that does not divide evenly stays whole, and with it all heads, on every
     device; a single group stays whole and leaves its heads split.
@@ -176,11 +176,11 @@ def over_mesh(
     letters = {name: _letters(dims[name], x.shape) for name, x in arrays.items()}
     if not auto:
         return function(**arrays, **rest)
-    split_over = dispatch.current_layout()
+    split_over = setting.current_layout()
     if split_over is None:
         raise ValueError(
             f"a TPU kernel is called under a mesh with axes {', '.join(auto)}, and nothing says "
-            f"which of them split rows and heads; call it within kernels.dispatch.layout(...)."
+            f"which of them split rows and heads; call it within kernels.setting.layout(...)."
         )
     axes = dict(zip("bh", split_over, strict=True))
     split = {"b": _that_divide(arrays, letters, "b", mesh, axes["b"])}

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import setting
 
 WEIGHTS: dict[str, str | None] = {
     "embed": "fsdp",
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, tuple[str, ...] | None] = {
 def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Within the block programs are traced for `mesh`, TPU kernels included."""
     heads = WEIGHTS["heads"]
-    split = dispatch.layout(batch=ACTIVATIONS["batch"] or (), heads=(heads,) if heads else ())
+    split = setting.layout(batch=ACTIVATIONS["batch"] or (), heads=(heads,) if heads else ())
     with jax.set_mesh(mesh), split:
         yield
 

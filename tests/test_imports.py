@@ -1,6 +1,7 @@
 """Who may import whom, and what may be imported or called nowhere, read from the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ LIGHT = {
     "configs.usage",
 }
 SKIPPED = {"runs", "build", "dist"}
+OPERATIONS = "|".join(path.parent.name for path in ROOT.glob("kernels/*/api.py"))
+HOLES = {  # what may stand for a part of a module's name that is made at run time; else anything
+    "operation": OPERATIONS,
+    "folder": OPERATIONS,
+    "self.folder": OPERATIONS,
+    "impl": "ref|xla|pallas_tpu|pallas_gpu",
+}
 
 
 def files() -> list[Path]:
@@ -174,7 +182,8 @@ def _more_than_configs(path: Path, tree: ast.AST) -> list[str]:
 def graph(sources: dict[Path, str]) -> dict[str, set[str]]:
     """Which of these modules each of them imports, a module itself rather than the package of it.
 
-    Imports inside functions count. A package's own imports are those of its `__init__`.
+    Imports inside functions count, and so do modules whose name an f-string makes at run time. A
+    package's own imports are those of its `__init__`.
     """
     modules = {dotted(path): path for path in sources}
 
@@ -185,9 +194,29 @@ def graph(sources: dict[Path, str]) -> dict[str, set[str]]:
 
     found = {}
     for name, path in modules.items():
-        targets = {module(target) for target in imports(path, ast.parse(sources[path]))}
+        tree = ast.parse(sources[path])
+        targets = {module(target) for target in imports(path, tree)}
+        made = re.compile("|".join(_made_at_run_time(tree)) or "$")
+        targets |= {other for other in modules if made.fullmatch(other)}
         found[name] = targets - {"", name}
     return found
+
+
+def _made_at_run_time(tree: ast.AST) -> list[str]:
+    """Patterns of the f-strings that are imported by importlib."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.JoinedStr):
+            if ast.unparse(node.func).rpartition(".")[2] == "import_module":
+                found.append("".join(map(_part, node.args[0].values)))
+    return found
+
+
+def _part(piece: ast.expr) -> str:
+    if isinstance(piece, ast.FormattedValue):
+        return f"(?:{HOLES.get(ast.unparse(piece.value), r'[^.]+')})"
+    assert isinstance(piece, ast.Constant)
+    return re.escape(str(piece.value))
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -314,3 +343,18 @@ def test_a_circle_is_found_through_functions_and_packages():
     }
     found = circles(graph({Path(path): text for path, text in sources.items()}))
     assert found == [["a.one", "b.two", "c.three"]]
+
+
+def test_a_circle_is_found_through_a_name_that_is_made_at_run_time():
+    sources = {
+        "kernels/dispatch.py": "import importlib\n"
+        "importlib.import_module(f'kernels.{operation}.{impl}')",
+        "kernels/norm/__init__.py": "from kernels.norm.api import norm",
+        "kernels/norm/api.py": "from kernels import dispatch",
+        "kernels/norm/xla.py": "from kernels import checks",
+        "kernels/checks.py": "",
+    }
+    paths = {Path(path): text for path, text in sources.items()}
+    assert circles(graph(paths)) == []
+    paths[Path("kernels/checks.py")] = "from kernels import dispatch"
+    assert circles(graph(paths)) == [["kernels.checks", "kernels.dispatch", "kernels.norm.xla"]]

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kernels import dispatch
+from kernels import dispatch, setting
 from tests.tolerance import assert_close
 
 FOLDER = Path(dispatch.__file__).parent
@@ -81,7 +81,7 @@ def takes_segments(operation: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def interpreter():
-    with dispatch.interpreting():
+    with setting.interpreting():
         yield
 
 
@@ -387,7 +387,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(operation, impl):
 
     variables, constants, settings = split(operation, arguments)
     placed = [{n: place(n, v) for n, v in group.items()} for group in (variables, constants)]
-    with jax.set_mesh(mesh), dispatch.layout(batch=("data",)):
+    with jax.set_mesh(mesh), setting.layout(batch=("data",)):
         outputs, gradients = program(operation, impl, settings)(*placed, cotangents)
     expected, slopes = evaluate(operation, impl, arguments, cotangents)
     for position, (found, want) in enumerate(zip(outputs, expected, strict=True)):

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import dispatch, tpu
+from kernels import setting, tpu
 from tests import test_kernels as generic
 from tests.tolerance import assert_close
 
@@ -32,7 +32,7 @@ def fresh_simulator():
 def run(capfd, function) -> tuple[list[np.ndarray], str]:
     """Outputs and what the simulator reports: newer versions raise what older ones print."""
     try:
-        with dispatch.interpreting(DETECTOR):
+        with setting.interpreting(DETECTOR):
             found = [np.asarray(x) for x in jax.tree.leaves(jax.jit(function)())]
         text = ""
     except Exception as error:

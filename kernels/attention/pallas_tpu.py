@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch, tpu
+from kernels import chunks, setting, tpu
 from kernels import segments as packed
 from kernels.attention import scores
 from kernels.attention.pallas_tpu_schedule import (
@@ -86,7 +86,7 @@ def attention(
 
 def uncovered(function: str, q, k, v, **_) -> str:
     """Why a call cannot run here; "" if it can."""
-    if jnp.float64 in (q.dtype, k.dtype, v.dtype) and dispatch.interpreter() is None:
+    if jnp.float64 in (q.dtype, k.dtype, v.dtype) and setting.interpreter() is None:
         return "float64"
     return ""
 
@@ -101,7 +101,7 @@ class Room(NamedTuple):
 
 def room() -> Room:
     """A fraction of the 16 MiB of a v4, of the 64 MiB and more of the others."""
-    return Room(256, 256, 4 << 20) if dispatch.target() == "v4" else Room(512, 512, 32 << 20)
+    return Room(256, 256, 4 << 20) if setting.target() == "v4" else Room(512, 512, 32 << 20)
 
 
 class Form(NamedTuple):

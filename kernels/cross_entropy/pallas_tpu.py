@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, tpu
+from kernels import setting, tpu
 
 LANE = 128
 ROOM = 13 << 20  # bytes of VMEM for blocks and sums, of the 16 MiB that a v4 gives
@@ -45,7 +45,7 @@ def cross_entropy(
 
 def uncovered(function: str, x, head, targets, weights, *, softcap: float = 0.0) -> str:
     """Why a call cannot run here; "" if it can."""
-    if jnp.float64 in (x.dtype, head.dtype) and dispatch.interpreter() is None:
+    if jnp.float64 in (x.dtype, head.dtype) and setting.interpreter() is None:
         return "float64"
     widest = _widest(x.dtype.itemsize, head.dtype.itemsize)
     if head.shape[0] > widest:

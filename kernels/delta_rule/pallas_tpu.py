@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch, tpu
+from kernels import chunks, setting, tpu
 from kernels.delta_rule import pallas_tpu_chunk, pallas_tpu_low_rank
 
 LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that a chunk takes
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 def uncovered(function: str, q, k, v, *gates, **_) -> str:
     """Why a call cannot run here; "" if it can. The last of `gates` is log_decay."""
-    if jnp.float64 in (q.dtype, v.dtype) and dispatch.interpreter() is None:
+    if jnp.float64 in (q.dtype, v.dtype) and setting.interpreter() is None:
         return "float64 inputs, only float32 and bfloat16"
     heads, widest = v.shape[2] // q.shape[2], max(q.shape[3], v.shape[3])
     if widest > WIDEST:

@@ -23,7 +23,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch, tpu
+from kernels import chunks, setting, tpu
 from kernels.gated_linear import pallas_tpu_scalar, pallas_tpu_vector
 from kernels.gated_linear.pallas_tpu_chunk import (
     Form,
@@ -87,7 +87,7 @@ def gated_linear(
 
 def uncovered(function: str, q, k, v, log_decay, **_) -> str:
     """Why a call cannot run here; "" if it can."""
-    if v.dtype == jnp.float64 and dispatch.interpreter() is None:
+    if v.dtype == jnp.float64 and setting.interpreter() is None:
         return "float64; the nearest dtype is float32"
     (heads, value), key = v.shape[2:], q.shape[3]
     room = VECTOR if log_decay.ndim == 4 else SCALAR

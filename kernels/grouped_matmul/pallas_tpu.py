@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, tpu
+from kernels import setting, tpu
 
 LANE, DEPTH = 128, 4096  # lanes; the longest sum that is not cut
 MATRIX = 6 << 20  # bytes of a slice of a group's matrix, of which two must fit into a v4
@@ -39,7 +39,7 @@ def grouped_matmul(
 
 def uncovered(function: str, x, weights, group_sizes) -> str:
     """Why a call cannot run here; "" if it can."""
-    if x.dtype == jnp.float64 and dispatch.interpreter() is None:
+    if x.dtype == jnp.float64 and setting.interpreter() is None:
         return "float64; the nearest dtype is float32"
     return ""
 

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, tpu
 from kernels import segments as packed
+from kernels import setting, tpu
 from kernels.linear_scan.rotation import (
     Factor,
     conjugate,
@@ -114,7 +114,7 @@ def complex_linear_scan(
 
 def uncovered(function: str, x, *_, **__) -> str:
     """Why a call cannot run here; "" if it can."""
-    if x.dtype == jnp.float64 and dispatch.interpreter() is None:
+    if x.dtype == jnp.float64 and setting.interpreter() is None:
         return "float64; the nearest dtype is float32"
     return ""
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, vary
 from kernels import segments as packed
+from kernels import setting, vary
 from kernels.long_conv import fourier
 from kernels.short_conv import xla as short
 
@@ -60,7 +60,7 @@ def long_conv(
 
 
 def _form() -> str:
-    return "matmul" if dispatch.target() in dispatch.GENERATIONS.values() else "fft"
+    return "matmul" if setting.target() in setting.GENERATIONS.values() else "fft"
 
 
 def _behind(tail_BVD, x_BTD, segments):

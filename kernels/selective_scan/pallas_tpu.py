@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, tpu
 from kernels import segments as packed
+from kernels import setting, tpu
 
 # Rows of a register (of bfloat16: ROWS) and its lanes.
 TILE, ROWS, LANE = 8, 16, 128
@@ -108,7 +108,7 @@ def selective_scan(
 
 def uncovered(function: str, x, dt, A, *_, **__) -> str:
     """Why a call cannot run here; "" if it can."""
-    if x.dtype == jnp.float64 and dispatch.interpreter() is None:
+    if x.dtype == jnp.float64 and setting.interpreter() is None:
         return "float64; the nearest dtype is float32"
     if A.shape[1] > MOST_STATE:
         return f"a state of {A.shape[1]} numbers a channel; the most is {MOST_STATE}"
@@ -458,7 +458,7 @@ def _each(work, group, carry, reverse: bool = False):
     Unrolled, so that one token's work hides another's latency; the interpreter, which compiles a
     loop several times faster, gets a loop.
     """
-    if dispatch.interpreter() is not None:
+    if setting.interpreter() is not None:
         # Counted down here: the simulator of memories runs every scan forward.
         steps = jnp.arange(TILE, dtype=jnp.int32)
         swapped = lambda carry, row: work(Token(group, row), carry)

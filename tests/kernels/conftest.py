@@ -2,11 +2,11 @@
 
 import pytest
 
-from kernels import dispatch
+from kernels import setting
 
 
 @pytest.fixture
 def interpreter():
     """TPU kernels run in Pallas' interpreter."""
-    with dispatch.interpreting():
+    with setting.interpreting():
         yield

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.extend import core
 
-from kernels import dispatch
+from kernels import setting
 
 
 def costs(function: Callable, given: Any, **settings: Any) -> list[pl.CostEstimate]:
@@ -19,7 +19,7 @@ def costs(function: Callable, given: Any, **settings: Any) -> list[pl.CostEstima
         outputs, pullback = jax.vjp(run, given)
         return pullback(jax.tree.map(jnp.ones_like, outputs))
 
-    with dispatch.interpreting():
+    with setting.interpreting():
         return list(of_program(jax.make_jaxpr(both)(given).jaxpr))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import setting
 from kernels.attention import attention, pallas_tpu
 from kernels.attention import pallas_tpu_schedule as schedule
 from tests.kernels.launches import costs
@@ -101,7 +101,7 @@ def value_and_slopes(given, **options):
 
 
 def assert_matches_reference(given, **options):
-    with dispatch.interpreting():
+    with setting.interpreting():
         found = value_and_slopes(given, **options, impl="pallas_tpu")
     with jax.enable_x64(True):
         wide = {n: jnp.asarray(np.asarray(x), np.float64) for n, x in given.items()}

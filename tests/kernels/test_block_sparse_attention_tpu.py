@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import setting
 from kernels.block_sparse_attention import (
     block_sparse_attention,
     lists,
@@ -81,7 +81,7 @@ def test_tiles_name_the_spans_and_bits_of_their_lists(known, span, blocks):
 def kernel_against_reference(arrays, indices, **given):
     run = functools.partial(block_sparse_attention, indices=indices, **given)
     expected = value_and_slopes(functools.partial(run, impl="ref"), *arrays)
-    with dispatch.interpreting():
+    with setting.interpreting():
         assert_same(value_and_slopes(functools.partial(run, impl="pallas_tpu"), *arrays), expected)
 
 
@@ -152,7 +152,7 @@ def test_what_the_tpu_kernels_do_not_serve(length, block, query_block, entries, 
     indices = like((1, 1, -(-length // query_block), entries), jnp.int32)
     given = {"block": block, "query_block": query_block}
     run = functools.partial(block_sparse_attention, **given, impl="pallas_tpu")
-    with dispatch.interpreting(), pytest.raises(ValueError) as error:
+    with setting.interpreting(), pytest.raises(ValueError) as error:
         jax.eval_shape(run, q, k, k, indices)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert pallas_tpu.uncovered("block_sparse_attention", q, k, k, indices, **given)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from kernels import dispatch
+from kernels import setting
 from kernels.cross_entropy import cross_entropy, pallas_tpu, xla
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
@@ -213,14 +213,14 @@ def test_costs_of_tpu_launches_are_the_formulas():
 def test_tpu_kernel_equals_optax(softcap):
     given = draw(2, 9, 8, 257)
     fused = lambda *a: cross_entropy(*a, softcap=softcap, impl="pallas_tpu")  # noqa: E731
-    with dispatch.interpreting():
+    with setting.interpreting():
         found = value_and_slopes(fused, *given)
     assert_same(found, value_and_slopes(lambda *a: by_optax(*a, softcap), *given))
 
 
 def test_tpu_kernel_is_loud_about_a_target_beyond_the_vocabulary():
     x, head, targets, weights = draw(1, 5, 4, 9)
-    with dispatch.interpreting():
+    with setting.interpreting():
         total, nll = cross_entropy(x, head, targets.at[0, 2].set(9), weights, impl="pallas_tpu")
     assert np.isnan(total) and np.isnan(nll[0, 2]) and np.isfinite(np.delete(nll[0], 2)).all()
 
@@ -228,7 +228,7 @@ def test_tpu_kernel_is_loud_about_a_target_beyond_the_vocabulary():
 def test_a_width_beyond_the_room_of_a_tpu_names_the_widest():
     x, head, targets, weights = draw(1, 2, 3840, 9)
     message = r"does not cover width 3840 \(at most 3712 fits into VMEM\); use xla."
-    with dispatch.interpreting(), pytest.raises(ValueError, match=message):
+    with setting.interpreting(), pytest.raises(ValueError, match=message):
         cross_entropy(x, head, targets, weights, impl="pallas_tpu")
     for rows in (1, 100, 5000):
         for name in ("forward", "dx", "dhead"):

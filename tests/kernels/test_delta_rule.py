@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import setting
 from kernels.delta_rule import delta_rule, dplr
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
@@ -329,7 +329,7 @@ def test_the_tpu_kernel_says_what_it_does_not_take(heads, dim, gate, message):
     key, shape = jnp.zeros((1, 2, 1, dim)), (1, 2, heads)
     gates = {"none": None, "scalar": jnp.zeros(shape), "vector": jnp.zeros((*shape, dim))}[gate]
     value, beta = jnp.zeros((*shape, dim)), jnp.zeros(shape)
-    with dispatch.interpreting(), pytest.raises(ValueError, match=message) as caught:
+    with setting.interpreting(), pytest.raises(ValueError, match=message) as caught:
         delta_rule(key, key, value, beta, gates, impl="pallas_tpu")
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import dispatch, setting
 from kernels.linear_scan import linear_scan
 from programs.labels import Label, labelling
 
@@ -29,7 +29,7 @@ def test_implementations_are_the_files_of_the_folder(operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_named_implementation_is_the_one_that_runs(operation):
     for impl in dispatch.implementations(operation):
-        with dispatch.interpreting():  # a TPU kernel is refused elsewhere
+        with setting.interpreting():  # a TPU kernel is refused elsewhere
             chosen = dispatch.choose(operation, operation, impl)
         wanted = getattr(importlib.import_module(f"kernels.{operation}.{impl}"), operation)
         assert inspect.unwrap(chosen) is inspect.unwrap(wanted)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import setting
 from kernels.gated_linear import gated_linear
 from kernels.gated_linear.cases import GROUPS, HEADS, KEY, VALUE
 from tests.tolerance import assert_close, rms
@@ -336,8 +336,8 @@ def test_tpu_kernels_on_a_mesh_split_rows_and_heads(groups):
         return *outputs, pullback(cotangents)[0]
 
     cotangents = tuple(c.astype(np.float32) for c in slopes(arguments))
-    with jax.set_mesh(mesh), dispatch.interpreting():
-        with dispatch.layout(batch=("data",), heads=("tensor",)):
+    with jax.set_mesh(mesh), setting.interpreting():
+        with setting.layout(batch=("data",), heads=("tensor",)):
             text = str(jax.make_jaxpr(evaluate_sharded)(arguments, cotangents))
             found = evaluate_sharded(arguments, cotangents)
     assert f"f32[1,20,{HEADS // 2},{VALUE}]" in text  # v's rows and heads on one device

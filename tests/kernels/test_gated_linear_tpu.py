@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import setting
 from kernels.gated_linear import gated_linear, pallas_tpu
 from tests.kernels.launches import costs
 from tests.kernels.test_gated_linear import assert_same, evaluate, evaluate_exactly, slopes
@@ -42,7 +42,7 @@ def test_tpu_programs_of_some_heads_give_the_same(gate, groups, heads, key, valu
     room = pallas_tpu.VECTOR if gate == "vector" else pallas_tpu.SCALAR
     assert pallas_tpu.heads_together(groups, heads, key, value, room) < heads
     segments = np.asarray([[1] * 5 + [2] * 12 + [0] * 3], np.int32)
-    with dispatch.interpreting():
+    with setting.interpreting():
         found = evaluate(arguments, slopes(arguments), segments, impl="pallas_tpu")
     assert_same(found, evaluate_exactly(arguments, slopes(arguments), segments))
 
@@ -114,7 +114,7 @@ def test_costs_of_tpu_launches_are_the_formulas(gate):
 )
 def test_states_too_large_for_the_tpu_kernel_are_named(gate, dtype, key, value, message):
     arguments = draw_wide(gate, dtype, length=3, groups=4, heads=4, key=key, value=value)
-    with dispatch.interpreting(), pytest.raises(ValueError, match=message) as error:
+    with setting.interpreting(), pytest.raises(ValueError, match=message) as error:
         gated_linear(**jax.tree.map(jnp.asarray, arguments), impl="pallas_tpu")
     assert "\n" not in str(error.value) and "or use xla" in str(error.value)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import setting
 from kernels.grouped_matmul import cost, grouped_matmul, pallas_tpu, xla
 from programs.flops import Walk
 from tests.kernels.launches import costs
@@ -199,7 +199,7 @@ def test_faults(fault, message):
 def test_tpu_kernel_equals_a_loop_over_groups():
     for sizes in SIZES.values():
         given = draw(sizes)
-        with dispatch.interpreting():
+        with setting.interpreting():
             found = run("pallas_tpu", *given)
         for a, b, what in zip(found, by_groups(*given), ("y", "dx", "dw"), strict=True):
             assert_close(a, b, "float32", what)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import setting
 from kernels.linear_scan import linear_scan, pallas_tpu
 from tests.kernels import packed
 from tests.kernels.launches import costs
@@ -223,7 +223,7 @@ def test_short_rows_have_two_tpu_blocks():
 
 def test_float64_on_a_tpu_is_named():
     message = "linear_scan as pallas_tpu does not cover float64; the nearest dtype is float32; "
-    with jax.enable_x64(True), dispatch.interpreting(None), pytest.raises(ValueError) as error:
+    with jax.enable_x64(True), setting.interpreting(None), pytest.raises(ValueError) as error:
         pallas_tpu.linear_scan(jnp.ones((1, 3, 2)), jnp.zeros((1, 3, 2)))
     assert str(error.value) == message + "or use xla."
 

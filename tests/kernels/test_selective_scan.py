@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from kernels import dispatch
+from kernels import setting
 from kernels.linear_scan import linear_scan
 from kernels.selective_scan import pallas_tpu, selective_scan
 from tests.kernels import packed
@@ -255,7 +255,7 @@ def test_what_the_tpu_kernel_declines_is_named():
         "selective_scan as pallas_tpu does not cover a state of 257 numbers a channel; "
         "the most is 256; or use xla."
     )
-    with jax.enable_x64(True), dispatch.interpreting(None), pytest.raises(ValueError) as error:
+    with jax.enable_x64(True), setting.interpreting(None), pytest.raises(ValueError) as error:
         wide = {n: jnp.asarray(np.asarray(a, np.float64)) for n, a in draw(1, 3).items()}
         pallas_tpu.selective_scan(**wide)
     assert str(error.value) == (

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from kernels import dispatch, tpu
+from kernels import setting, tpu
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -108,7 +108,7 @@ def test_rows_and_heads_are_split_where_they_divide(shape, mine):
     run = lambda x, w: tpu.over_mesh(
         seen, {"x": x, "weight": w}, {"x": "b h", "weight": "k"}, ("b h",)
     )
-    with jax.set_mesh(mesh_of(2, 2)), dispatch.layout(batch=("data", "fsdp"), heads=("tensor",)):
+    with jax.set_mesh(mesh_of(2, 2)), setting.layout(batch=("data", "fsdp"), heads=("tensor",)):
         out = jax.jit(run)(x, weight)
     np.testing.assert_array_equal(out, np.full(shape, mine))
 
@@ -118,7 +118,7 @@ def test_a_single_group_is_whole_and_its_heads_are_split():
     run = lambda x, w: tpu.over_mesh(
         seen, {"x": x, "weight": w}, {"x": "b h", "weight": "g"}, ("b h",)
     )
-    with jax.set_mesh(mesh_of(2, 2)), dispatch.layout(batch=("data",), heads=("tensor",)):
+    with jax.set_mesh(mesh_of(2, 2)), setting.layout(batch=("data",), heads=("tensor",)):
         out = jax.jit(run)(x, weight)
     np.testing.assert_array_equal(out, np.full((4, 6), 23))
 
@@ -148,6 +148,6 @@ def test_gradients_of_what_is_whole_are_summed_over_devices():
         return (out**2).sum()
 
     alone = jax.grad(loss, (0, 1))(x, weight)
-    with jax.set_mesh(mesh_of(2, 2)), dispatch.layout(batch=("data",), heads=("tensor",)):
+    with jax.set_mesh(mesh_of(2, 2)), setting.layout(batch=("data",), heads=("tensor",)):
         spread = jax.jit(jax.grad(loss, (0, 1)))(x, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone, spread)
