@@ -7,7 +7,7 @@ detached, and KL between the attention over what was chosen and its own softmax 
 leave matrix units idle; block=1 chooses tokens as the paper does. The query's own block is always
 one of the `top`. The indexer works in float32 and its keys are kept so. Attention has grouped heads
 in place of the paper's latent ones; so the indexer's queries come from x, where the released ones
-come from the latent queries, and all of their numbers are turned. The norm of its keys has no bias.
+come from the latent queries, and all of their numbers are turned.
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ class Mixer(sparse_heads.Attention):
         self.index_k = layers.inward(rngs, width, (dim,), ("key",))
         self.index_w = layers.inward(rngs, width, (heads,), ("heads",))
         self.norm = layers.filled(rngs, 1.0, (dim,), ("key",))
+        self.norm_bias = layers.filled(rngs, 0.0, (dim,), ("key",))
         self.top, self.imitation = config.top, config.imitation
 
     def __call__(self, x, *, segments=None, state=None):
@@ -64,9 +65,8 @@ class Mixer(sparse_heads.Attention):
         q_BTHK, k_BTGK, v_BTGK = self.heads_of(x, positions_BT)
         exact = jax.lax.stop_gradient(x).astype(mixer.wide(x.dtype))
         q_BTJE = layers.project("btd,dje->btje", exact, self.index_q)
-        k_BTE = layers.layer_norm(
-            layers.project("btd,de->bte", exact, self.index_k), self.norm[...]
-        )
+        k_BTE = layers.project("btd,de->bte", exact, self.index_k)
+        k_BTE = layers.layer_norm(k_BTE, self.norm[...], self.norm_bias[...], eps=1e-6)
         if self.rope_base:
             q_BTJE = layers.rotary(q_BTJE, positions_BT, self.rope_base)
             k_BTE = layers.rotary(k_BTE[:, :, None], positions_BT, self.rope_base)[:, :, 0]

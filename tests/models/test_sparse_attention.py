@@ -282,7 +282,7 @@ def loss_and_grads(module, x, segments=None):
 @pytest.mark.parametrize(
     ("config", "taught"),
     [
-        (dsa.Config(), {"index_q", "index_k", "index_w", "norm"}),
+        (dsa.Config(), {"index_q", "index_k", "index_w", "norm", "norm_bias"}),
         (block_routing.Config(), {"gate_q", "gate_k"}),
     ],
 )

@@ -161,6 +161,26 @@ def test_titans_memorises_token_by_token():
     compare(titans.Config(heads=2, batch=8, persistent=3, window=0, clip=0.8), memorised)
 
 
+@pytest.mark.parametrize(("batch", "want"), [(1, [0.05, 0.0975]), (16, [0.05, 0.1])])
+def test_two_steps_of_a_memory_by_hand(batch, want):
+    """k = e_1 and v = (v_1, 0) twice, weights 0 at first, alpha = eta = 1/2, theta = 0.1 / 2.
+
+    S_1 = 0.05 v_1 = M_1; S_2 = S_1 / 2 + 0.05 (v_1 - M), with M the weights before the mini-batch,
+    and M_2 = M_1 / 2 + S_2: 0.0975 v_1 where each token is one, 0.1 v_1 where both are of one.
+    """
+    config = titans.Config(heads=1, depth=1, persistent=0, window=0, batch=batch, conv=2)
+    graph, params = nnx.split(config.build(2, nnx.Rngs(0)))
+    module = nnx.merge(graph, jax.tree.map(jnp.zeros_like, params))
+    module.qkv[...] = module.qkv[...].at[0, :, 0, 0].set(1.0)
+    module.conv.taps[...] = module.conv.taps[...].at[-1].set(1.0)
+    state, found = module.init_state(1, 2), []
+    for _ in range(2):
+        _, state = module(jnp.asarray([[[1.0, 7.0]]]), state=state)
+        found.append(np.asarray(state["memory"].weights[0]["w"])[0, 0] / 0.7310586)  # silu(1)
+    assert [np.count_nonzero(w) for w in found] == [1, 1]
+    np.testing.assert_allclose([w[0, 0] for w in found], want, rtol=1e-5)
+
+
 def test_titans_reads_its_memory_through_a_window():
     def naive(module, x):
         y, places = memorised(module, x), np.arange(len(x))

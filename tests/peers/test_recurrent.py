@@ -1,10 +1,15 @@
-"""Recurrent layers and ternary maps against torch, `transformers` and flash-linear-attention."""
+"""Recurrent layers and ternary maps against torch, `transformers`, sru, flash-linear-attention."""
 
+import importlib
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 from fla.layers import hgrn as fla_hgrn
 from fla.modules import fused_bitlinear
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
+from flax import nnx
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import (
@@ -13,8 +18,7 @@ from transformers.models.recurrent_gemma.modeling_recurrent_gemma import (
 )
 
 from models.channel import bit_linear
-from models.parts import ternary
-from models.recurrent import gru, hgrn, lstm, mlgru, rg_lru
+from models.recurrent import gru, hgrn, lstm, mlgru, rg_lru, sru
 from tests.peers import plain, sides
 
 pytestmark = pytest.mark.peers
@@ -85,6 +89,43 @@ def test_rg_lru_as_recurrent_gemma():
     sides.same(rg_lru.Config(channels=48), theirs, dtype="float32")
 
 
+def sru_cell(width, bias):
+    """Their cell in plain torch: their import would compile what runs it in C++."""
+    with mock.patch("torch.utils.cpp_extension.load"), mock.patch("torch.jit.script", lambda f: f):
+        return importlib.import_module("sru.modules").SRUCell(width, width, highway_bias=bias)
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.5])
+def test_sru(bias):
+    layer = sru_cell(32, bias)
+
+    def theirs(w):
+        weights = {
+            "weight": w["w"].mT.flatten(1),  # theirs: of a channel all three
+            "weight_c": w["v"].flatten(),
+            "bias": w["bias"].flatten(),
+        }
+        return lambda x: sides.module(layer, weights, x.swapaxes(0, 1))[0].swapaxes(0, 1)
+
+    sides.same(sru.Config(highway_bias=bias), theirs, dtype="float32")
+
+
+def test_sru_starts_as_theirs():
+    """Mean squares and largest values of every part, drawn for 1024 channels."""
+    torch.manual_seed(0)
+    width = 1024
+    cell, ours = sru_cell(width, -1.0), sru.Config(highway_bias=-1.0).build(width, nnx.Rngs(0))
+    theirs = {
+        "w": cell.weight.view(width, width, 3).mT,
+        "v": cell.weight_c.view(1, 2, width),
+        "bias": cell.bias.view(1, 2, width),
+    }
+    for name, other in theirs.items():
+        mine = np.asarray(getattr(ours, name)[...]).reshape(other.shape)
+        for of in (lambda x: (x**2).mean((0, 2)), lambda x: abs(x).max(axis=2).max(axis=0)):
+            np.testing.assert_allclose(of(mine), of(other.detach().numpy()), rtol=0.15)
+
+
 class GatedLayerNorm(torch.nn.LayerNorm):
     """As ours, in the place of their gated RMS norm."""
 
@@ -142,7 +183,7 @@ class Gate(torch.nn.Module):
 def ternary_weights(w, name):
     """Of their BitLinear, whose step is max(mean |w|, eps): the paper's is mean |w| + eps."""
     weight = sides.linear(w)
-    more = weight.detach() * (ternary.EPS / weight.detach().abs().mean())
+    more = weight.detach() * (1e-5 / weight.detach().abs().mean())
     ones = torch.ones(weight.shape[1], dtype=weight.dtype)
     return {f"{name}.weight": weight + more, f"{name}.norm.weight": ones}
 
@@ -152,7 +193,7 @@ def test_mlgru(monkeypatch):
     monkeypatch.setattr(fused_bitlinear, "RMSNorm", plain.RMSNorm)
     for name in "ifgo":
         cls = BiasedBitLinear if name in "if" else fused_bitlinear.BitLinear
-        setattr(layer, f"{name}_proj", cls(32, 32, bias=name in "if", norm_eps=ternary.EPS))
+        setattr(layer, f"{name}_proj", cls(32, 32, bias=name in "if", norm_eps=1e-5))
     layer.g_norm = Gate()
 
     def theirs(w):
@@ -171,7 +212,7 @@ def test_bit_linear(monkeypatch):
     layer = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=64))
     maps = {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}
     for name, shape in maps.items():
-        bits = fused_bitlinear.BitLinear(*shape, norm_eps=ternary.EPS)
+        bits = fused_bitlinear.BitLinear(*shape, norm_eps=1e-5)
         setattr(layer, f"{name}_proj", bits)
 
     def theirs(w):

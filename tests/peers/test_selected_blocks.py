@@ -1,4 +1,4 @@
-"""Attention to chosen blocks against flash-linear-attention.
+"""Attention to chosen blocks against flash-linear-attention, and the indexer of `transformers`.
 
 Their layers mix other parts in, so projections and positions are written here; the choice and the
 attention to what it names are theirs.
@@ -9,10 +9,11 @@ import itertools
 import pytest
 import torch
 from fla.layers import moba as fla_moba
-from fla.ops.dsa.naive import naive_dsa, naive_dsa_indexer
+from fla.ops.dsa.naive import naive_dsa
 from fla.ops.moba import parallel as fla_parallel_moba
 from fla.ops.nsa.naive import naive_nsa_compression, naive_nsa_selection, naive_nsa_topk
 from torch.nn import functional
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek_v32
 
 from models.sparse_attention import dsa, moba, nsa
 from tests.peers import plain, sides
@@ -80,15 +81,25 @@ def test_nsa():
     block, window, top = 8, 20, 5
 
     def compressed(x, w):
-        """Our compressor, of blocks that do not overlap."""
+        """The paper's MLP over a block's tokens with their places, its first layer in full."""
         kv = plain.mapped(x, w["kv_far"])
         kv = functional.pad(kv, (0, 0) * 3 + (0, -kv.shape[1] % block))
-        kv = kv.unflatten(1, (-1, block))  # (B, N, block, 2, G, K)
-        place, taps = (w[name].swapaxes(0, 1)[:, :, None] for name in ("place", "taps"))
-        both = ((kv + place) * taps).sum(2)
-        both = torch.einsum("bnpgk,pkv->bnpgv", both, w["mlp_in"])
-        both = torch.einsum("bnpgk,pkv->bnpgv", functional.silu(both), w["mlp_out"])
-        return both.unbind(2)
+        kv = kv.unflatten(1, (-1, block)) + w["place"].swapaxes(0, 1)[:, :, None]
+        mlp = torch.nn.Sequential(
+            torch.nn.Linear(block * 8, 8, bias=False),
+            torch.nn.SiLU(),
+            torch.nn.Linear(8, 8, bias=False),
+        )
+        made = []
+        for part in range(2):
+            first = torch.stack([torch.diag(tap) @ w["mlp_in"][part] for tap in w["taps"][part]])
+            weights = {
+                "0.weight": sides.linear(first, 2),
+                "2.weight": sides.linear(w["mlp_out"][part]),
+            }
+            tokens = kv[:, :, :, part].permute(0, 1, 3, 2, 4)  # (B, N, G, block, K)
+            made.append(sides.module(mlp, weights, tokens.flatten(-2)))
+        return made
 
     def theirs(w):
         def run(x):
@@ -113,31 +124,46 @@ def test_nsa():
 def test_dsa():
     """One token is a block, as in the paper; here a query always reads its own, in theirs not.
 
-    So their indexer is asked about the tokens before each. It gives no gradient, and our loss for
-    it is no part of what is compared. Many of its heads: a sum of ReLUs is a tie where all are 0.
+    So the indexer, DeepSeek-V3.2's in `transformers`, is asked about the tokens before each. It
+    gives no gradient, and our loss for it is no part of what is compared. Many of its heads: a sum
+    of ReLUs is a tie where all are 0. Its queries come from x, theirs from latent ones.
     """
     top, heads = 9, 16
+    config = deepseek_v32.DeepseekV32Config(
+        hidden_size=32,
+        q_lora_rank=32,
+        index_n_heads=heads,
+        index_head_dim=16,
+        index_topk=top - 1,
+        qk_rope_head_dim=16,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
+    indexer = deepseek_v32.DeepseekV32Indexer(config, 0)
+    rotary = deepseek_v32.DeepseekV32RotaryEmbedding(config)
 
     def theirs(w):
+        weights = {
+            "wq_b.weight": sides.linear(w["index_q"]),
+            "wk.weight": sides.linear(w["index_k"]),
+            "k_norm.weight": w["norm"],
+            "k_norm.bias": w["norm_bias"],
+            "weights_proj.weight": sides.linear(w["index_w"]),
+        }
+
         def run(x):
+            time = torch.arange(x.shape[1])
+            earlier = (time < time[:, None]).expand(len(x), -1, -1)
+            turns = rotary(x, time[None])
+            before = sides.module(indexer, weights, x, x, turns, earlier, time[None]).long()
+            before = before.masked_fill(before >= time[:, None], -1)  # fewer than `top` there are
+            own = time[None, :, None].expand(len(x), -1, 1)
             q, (k, v) = plain.mapped(x, w["q"]), plain.mapped(x, w["kv"]).unbind(2)
-            index_q = plain.mapped(x, w["index_q"])
-            index_k = functional.layer_norm(
-                plain.mapped(x, w["index_k"]), w["norm"].shape, w["norm"]
-            )
-            index_w = plain.mapped(x, w["index_w"])
-            idle = 0 * sum(part.sum() for part in (index_q, index_k, index_w))
             q, k = turned(q, k)
-            index_q, index_k = turned(index_q, index_k[:, :, None])
-            before = naive_dsa_indexer(
-                index_q[:, 1:], index_k[:, :-1, 0], index_w[:, 1:], top - 1, activation="relu"
-            )
-            lists = functional.pad(before, (0, 0, 1, 0), value=-1)
-            own = torch.arange(x.shape[1])[None, :, None].expand(len(x), -1, 1)
-            o = naive_dsa(q, k, v, None, None, indices=torch.cat([lists, own], 2))
-            return torch.tensordot(o, w["o"], 2) + idle
+            o = naive_dsa(q, k, v, None, None, indices=torch.cat([before, own], 2))
+            return torch.tensordot(o, w["o"], 2) + 0 * sum(part.sum() for part in weights.values())
 
         return run
 
-    config = dsa.Config(block=1, top=top, index_heads=heads, kv_heads=2)
-    sides.same(config, theirs, dtype="float32")
+    ours = dsa.Config(block=1, top=top, index_heads=heads, kv_heads=2)
+    sides.same(ours, theirs, dtype="float32")

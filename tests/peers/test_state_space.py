@@ -1,6 +1,7 @@
-"""State spaces against `transformers` and flash-linear-attention."""
+"""State spaces against `transformers`, flash-linear-attention and s5-pytorch."""
 
 import pytest
+import s5 as s5_pytorch
 import torch
 from fla.layers import mamba3 as fla_mamba3
 from fla.modules.norm import layernorm_gated
@@ -9,7 +10,7 @@ from torch.nn import functional
 from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
-from models.state_space import mamba1, mamba2, mamba3
+from models.state_space import mamba1, mamba2, mamba3, s5
 from tests.peers import sides
 
 pytestmark = pytest.mark.peers
@@ -123,3 +124,26 @@ def test_mamba3(rank, monkeypatch):
         return lambda x: sides.module(layer, weights, x)[0]
 
     sides.same(mamba3.Config(head_dim=16, state=16, rank=rank), theirs, dtype="float32")
+
+
+def test_s5():
+    """Theirs reads all modes and takes the real part, ours twice that of half of them."""
+    layer = s5_pytorch.S5(32, state_width=8, bcInit="dense")
+
+    def theirs(w):
+        cut = w["rate"].clamp(min=1e-4)  # `clip_eigs` of the original, which theirs left out
+        weights = {
+            "seq.Lambda": torch.complex(-cut, w["frequency"]),
+            "seq.B": w["b"].permute(2, 0, 1),
+            "seq.C": 2 * torch.complex(*w["c"].unbind(1)),
+            "seq.D": w["skip"],
+            "seq.log_step": w["log_dt"],
+        }
+
+        def run(x):
+            y = functional.gelu(sides.module(layer, weights, x), approximate="tanh")
+            return y * torch.sigmoid(functional.linear(y, sides.linear(w["gate"]), w["gate_bias"]))
+
+        return run
+
+    sides.same(s5.Config(state=16, blocks=2), theirs, dtype="float32")
