@@ -47,6 +47,7 @@ from kernels.attention.pallas_tpu_schedule import (
     block_length,
     forward_walk,
 )
+from kernels.products import exact_product, sum_type
 
 VMEM = 64 << 20  # what a kernel may ask for; a v4 has 16 MiB and no more
 
@@ -322,7 +323,7 @@ def _save(form, rule, laid):
 def _forward(form, rule, laid, save):
     """The output (B, H, T, V), and if `save` each query's log-sum-exp and whether it is unsure."""
     batch, shared, parts = grid = _grid(form, laid)
-    cut, size, wide = _cutter(parts), form.block, jnp.promote_types(laid.q.dtype, jnp.float32)
+    cut, size, wide = _cutter(parts), form.block, sum_type(laid.q)
     length, programs, walk = laid.q.shape[2], shared * parts, forward_walk(rule, size)
     o = jax.ShapeDtypeStruct((*laid.q.shape[:3], form.value), laid.v.dtype)
     stats = jax.ShapeDtypeStruct((batch, programs, length // size, 2 * form.heads, size), wide)
@@ -377,7 +378,7 @@ def _forward_body(form: Form, rule: Rule, refs, n, marks, i, j):
             keep_1C = jnp.exp(unit * (before_1C - top_1C))
             refs.top[row] = top_1C
             refs.sum[row] = keep_1C * refs.sum[row] + p_SC.sum(axis=0, keepdims=True)
-            read_VC = _product("sv,sc->vc", refs.v[g], p_SC, refs.v.dtype)
+            read_VC = exact_product("sv,sc->vc", refs.v[g], p_SC, refs.v.dtype)
             refs.acc[h] = keep_1C * refs.acc[h] + read_VC
 
         jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
@@ -524,7 +525,7 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
             if masked:
                 s_SC = jnp.where(seen_SC, s_SC, -jnp.inf)
             p_SC = jnp.exp(s_SC)
-            dp_SC = _product("sv,cv->sc", refs.v[g], refs.do[h], dtype)
+            dp_SC = exact_product("sv,cv->sc", refs.v[g], refs.do[h], dtype)
             mixed_1C = refs.stats[pl.ds(form.heads + h, 1)]
             ds_SC = p_SC * (dp_SC - refs.open_delta[slot, row]) * mixed_1C
             if refs.dq_sums is not None:
@@ -532,9 +533,9 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
                 refs.sum_dk_sums[row] -= _turned(ds_SC.sum(axis=1, keepdims=True))
             if rule.softcap:
                 ds_SC *= scores.slope(rule.scale * a_SC, rule.softcap)
-            refs.open_dq[slot, h] += _product("sk,sc->kc", refs.k[g], ds_SC, dtype)
-            refs.sum_dk[g] += _product("sc,ck->sk", ds_SC, refs.q[h], dtype)
-            refs.sum_dv[g] += _product("sc,cv->sv", p_SC, refs.do[h], dtype)
+            refs.open_dq[slot, h] += exact_product("sk,sc->kc", refs.k[g], ds_SC, dtype)
+            refs.sum_dk[g] += exact_product("sc,ck->sk", ds_SC, refs.q[h], dtype)
+            refs.sum_dv[g] += exact_product("sc,cv->sv", p_SC, refs.do[h], dtype)
 
         jax.lax.fori_loop(0, form.heads, lambda h, _: visit(h.astype(jnp.int32)), None)
 
@@ -587,7 +588,7 @@ def _unit(rule: Rule, refs) -> float:
 
 def _scores(form: Form, rule: Rule, refs, h) -> tuple[jax.Array, jax.Array]:
     """A head's products (S, C), and its scores, in units of `_unit`."""
-    a_SC = _product("sk,ck->sc", refs.k[form.group(h)], refs.q[h], refs.q.dtype)
+    a_SC = exact_product("sk,ck->sc", refs.k[form.group(h)], refs.q[h], refs.q.dtype)
     if not rule.softcap and refs.q_sums is None:
         return a_SC, a_SC
     s_SC = rule.scale * a_SC
@@ -607,14 +608,3 @@ def _turned(x: jax.Array) -> jax.Array:
     if x.shape[0] == 1:
         return jnp.broadcast_to(x, (8, x.shape[1])).T[:, :1]
     return jnp.broadcast_to(x, (x.shape[0], 8)).T[:1]
-
-
-def _product(letters: str, left: jax.Array, right: jax.Array, dtype) -> jax.Array:
-    """einsum of two operands rounded to `dtype`, summed in float32 at least."""
-    return jnp.einsum(
-        letters,
-        left.astype(dtype),
-        right.astype(dtype),
-        precision=None if dtype.itemsize == 2 else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )

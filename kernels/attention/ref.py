@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def attention(
@@ -34,7 +35,7 @@ def attention(
         visible_BTS &= real[:, :, None] & real[:, None, :]
     bias_BHTS = None
     if log_forget is not None:
-        gate_BTH = log_forget.astype(_wide(q, k, v))
+        gate_BTH = log_forget.astype(sum_type(q, k, v))
         if segments is not None:
             gate_BTH = jnp.where(packed.is_real(segments)[..., None], gate_BTH, 0)
         gate_BHT1 = gate_BTH.swapaxes(1, 2)[..., None]
@@ -66,16 +67,12 @@ def cached_attention(
     if segments is not None and kv_segments is not None:
         visible_BTS &= segments[:, :, None] == kv_segments[:, None, :]
         visible_BTS &= segments[:, :, None] != 0
-    bias_BHTS = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), _wide(q, k, v))
+    bias_BHTS = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), sum_type(q, k, v))
     if bias_q is not None:
         bias_BHTS += bias_q.swapaxes(1, 2)[..., None]
     if bias_k is not None:
         bias_BHTS += bias_k.swapaxes(1, 2)[:, :, None]
     return _softmax_attention(q, k, v, visible_BTS, scale, softcap, sinks, bias_BHTS)
-
-
-def _wide(*arrays: Array) -> jnp.dtype:
-    return jnp.result_type(*arrays, jnp.float32)
 
 
 def _softmax_attention(
@@ -89,7 +86,7 @@ def _softmax_attention(
     bias_BHTS: Float[Array, "B H T S"] | None,
 ) -> Float[Array, "B T H V"]:
     """The formula with the key heads repeated; a row that sees nothing is zero."""
-    wide = _wide(q, k, v)
+    wide = sum_type(q, k, v)
     repeats = q.shape[2] // k.shape[2]
     k_BSHK = jnp.repeat(k.astype(wide), repeats, axis=2)
     v_BSHV = jnp.repeat(v.astype(wide), repeats, axis=2)

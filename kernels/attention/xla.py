@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from kernels import segments as packed
 from kernels import vary
 from kernels.attention import scores
+from kernels.products import product, sum_type
 
 SCORE_BYTES = 8 << 20
 ROWS = 512
@@ -66,7 +67,7 @@ def attention(
     common = jnp.result_type(q, k, v)
     padding = -plan.length % rows
     given = [_pad(x.astype(common), padding) for x in (q, k, v)]
-    wide = _wide(given[0])
+    wide = sum_type(given[0])
     sinks = None if sinks is None else sinks.astype(wide)
     sums = None
     if log_forget is not None:
@@ -183,7 +184,7 @@ def _flash(
 
 def _forward(q, k, v, sinks, sums, docs, plan):
     """(out, residuals): for each pair of blocks one step of the online softmax."""
-    wide = _wide(q)
+    wide = sum_type(q)
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     q_NBGCK = _blocks(q, plan.rows, groups)
     k_NBGSK, v_NBGSV = (_blocks(x, plan.cols, groups) for x in (k, v))
@@ -193,7 +194,7 @@ def _forward(q, k, v, sinks, sums, docs, plan):
     def step(cut, carry, pair):
         top_NBGC1, sum_NBGC1, o_NBGCV = carry
         i, j = pair
-        s_BGCS = score(_dot("bgck,bgsk->bgcs", _at(q_NBGCK, i), _at(k_NBGSK, j)), i, j)
+        s_BGCS = score(product("bgck,bgsk->bgcs", _at(q_NBGCK, i), _at(k_NBGSK, j)), i, j)
         if cut or docs is not None:
             s_BGCS = jnp.where(seen(i, j, cut), s_BGCS, -jnp.inf)
         before_BGC1 = _at(top_NBGC1, i)
@@ -202,7 +203,7 @@ def _forward(q, k, v, sinks, sums, docs, plan):
         p_BGCS = jnp.exp(unit * (s_BGCS - top_BGC1))
         keep_BGC1 = jnp.exp(unit * (before_BGC1 - top_BGC1))
         sum_BGC1 = keep_BGC1 * _at(sum_NBGC1, i) + jnp.sum(p_BGCS, axis=-1, keepdims=True)
-        o_BGCV = _dot("bgcs,bgsv->bgcv", p_BGCS.astype(v.dtype), _at(v_NBGSV, j))
+        o_BGCV = product("bgcs,bgsv->bgcv", p_BGCS.astype(v.dtype), _at(v_NBGSV, j))
         o_BGCV += keep_BGC1 * _at(o_NBGCV, i)
         new = (top_BGC1, sum_BGC1, o_BGCV)
         return tuple(_put(a, b, i) for a, b in zip(carry, new, strict=True)), None
@@ -249,12 +250,12 @@ def _backward(plan, residuals, d_out):
     def step(cut, carry, pair):
         i, j = pair
         q_BGCK, d_BGCV = _at(q_NBGCK, i), _at(d_NBGCV, i)
-        a_BGSC = _dot("bgsk,bgck->bgsc", _at(k_NBGSK, j), q_BGCK)
+        a_BGSC = product("bgsk,bgck->bgsc", _at(k_NBGSK, j), q_BGCK)
         s_BGSC = unit * score(a_BGSC, i, j) - _at(lse_NBG1C, i)
         if cut or docs is not None:
             s_BGSC = jnp.where(seen(i, j, cut), s_BGSC, -jnp.inf)
         p_BGSC = jnp.exp(s_BGSC)
-        dp_BGSC = _dot("bgsv,bgcv->bgsc", _at(v_NBGSV, j), d_BGCV)
+        dp_BGSC = product("bgsv,bgcv->bgsc", _at(v_NBGSV, j), d_BGCV)
         ds_BGSC = p_BGSC * (dp_BGSC - _at(delta_NBG1C, i)) * _at(mixed_NBG1C, i)
         at_query, at_key = {}, {}
         if sinks is not None:
@@ -265,12 +266,12 @@ def _backward(plan, residuals, d_out):
         if plan.softcap:
             ds_BGSC *= scores.slope(plan.scale * a_BGSC, plan.softcap)
         ds_BGSC = ds_BGSC.astype(q.dtype)
-        at_query["q"] = _dot("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
-        at_key["k"] = _dot("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
-        at_key["v"] = _dot("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV)
+        at_query["q"] = product("bgks,bgsc->bgkc", _at(k_NBGKS, j), ds_BGSC)
+        at_key["k"] = product("bgsc,bgck->bgsk", ds_BGSC, q_BGCK)
+        at_key["v"] = product("bgsc,bgcv->bgsv", p_BGSC.astype(q.dtype), d_BGCV)
         return (_add(carry[0], at_query, i), _add(carry[1], at_key, j)), None
 
-    zeros = functools.partial(jnp.zeros, dtype=_wide(q))
+    zeros = functools.partial(jnp.zeros, dtype=sum_type(q))
     at_queries = {"q": zeros(q_NBGCK.swapaxes(-1, -2).shape)}
     at_keys = {"k": zeros(k_NBGSK.shape), "v": zeros(v_NBGSV.shape)}
     if sinks is not None:
@@ -306,14 +307,6 @@ def _gradients(plan, residuals, at_queries, at_keys):
 
 
 _flash.defvjp(_forward, _backward)
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))
 
 
 def _blocks(x_BTHK: Array, size: int, groups: int) -> Array:
@@ -430,11 +423,11 @@ def _attend(q_BCHK: Array, *others, scale: float, softcap: float) -> Array:
 
 def _attend_by_group(q_BCHK, k_BSGK, v_BSGV, visible_BCS, joined, **settings):
     q_BCGRK = rearrange(q_BCHK, "b c (g r) k -> b c g r k", g=k_BSGK.shape[2])
-    a_BGRCS = _dot("bcgrk,bsgk->bgrcs", q_BCGRK, k_BSGK)
+    a_BGRCS = product("bcgrk,bsgk->bgrcs", q_BCGRK, k_BSGK)
     a_BHCS = rearrange(a_BGRCS, "b g r c s -> b (g r) c s")
     p_BHCS, sum_BHC1 = _powers(a_BHCS, visible_BCS, joined, **settings)
     p_BGRCS = p_BHCS.astype(v_BSGV.dtype).reshape(a_BGRCS.shape)
-    o_BGRCV = _dot("bgrcs,bsgv->bgrcv", p_BGRCS, v_BSGV)
+    o_BGRCV = product("bgrcs,bsgv->bgrcv", p_BGRCS, v_BSGV)
     o_BGRCV /= sum_BHC1.reshape(*a_BGRCS.shape[:-1], 1)
     return rearrange(o_BGRCV, "b g r c v -> b c (g r) v")
 
@@ -448,10 +441,10 @@ def _attend_across_groups(q_B1HK, k_BSGK, v_BSGV, visible_B1S, joined, **setting
     own_GJ = jnp.eye(k_BSGK.shape[2], dtype=k_BSGK.dtype)
     q_BGRK = rearrange(q_B1HK, "b 1 (g r) k -> b g r k", g=k_BSGK.shape[2])
     q_BHX = rearrange(jnp.einsum("bgrk,gj->bgrjk", q_BGRK, own_GJ), "b g r j k -> b (g r) (j k)")
-    a_BHS = _dot("bhx,bsx->bhs", q_BHX, rearrange(k_BSGK, "b s g k -> b s (g k)"))
+    a_BHS = product("bhx,bsx->bhs", q_BHX, rearrange(k_BSGK, "b s g k -> b s (g k)"))
     p_BH1S, sum_BH11 = _powers(a_BHS[:, :, None], visible_B1S, joined, **settings)
     v_BSX = rearrange(v_BSGV, "b s g v -> b s (g v)")
-    o_BHX = _dot("bhs,bsx->bhx", p_BH1S[:, :, 0].astype(v_BSX.dtype), v_BSX) / sum_BH11[:, :, 0]
+    o_BHX = product("bhs,bsx->bhx", p_BH1S[:, :, 0].astype(v_BSX.dtype), v_BSX) / sum_BH11[:, :, 0]
     o_BGRJV = rearrange(o_BHX, "b (g r) (j v) -> b g r j v", g=own_GJ.shape[0], j=own_GJ.shape[0])
     return rearrange(jnp.einsum("bgrjv,gj->bgrv", o_BGRJV, own_GJ), "b g r v -> b 1 (g r) v")
 

@@ -36,6 +36,7 @@ from kernels import tpu
 from kernels.block_sparse_attention import lists, visits
 from kernels.block_sparse_attention import pallas_tpu_bodies as bodies
 from kernels.block_sparse_attention.pallas_tpu_bodies import Plan, Walk
+from kernels.products import sum_type
 
 LEAST_QUERIES, LEAST_KEYS = 16, 8  # of blocks that are taken singly
 ROWS, COLUMNS = 512, 512  # scores of one step, about
@@ -257,7 +258,7 @@ def _attend(plan, steps, given):
 
 def _forward(plan, steps, given):
     q_BGNRK, v_BGJCV = given["q"], given["v"]
-    wide, value = bodies.wide(q_BGNRK), v_BGJCV.shape[4]
+    wide, value = sum_type(q_BGNRK), v_BGJCV.shape[4]
     types = [
         jax.ShapeDtypeStruct((*q_BGNRK.shape[:4], value), v_BGJCV.dtype),
         jax.ShapeDtypeStruct((*q_BGNRK.shape[:3], 2, plan.rows), wide),
@@ -327,7 +328,7 @@ def _launch(body, plan: Plan, walk: Walk, scalars, blocks: list[_Block], types, 
         outs=[_own(walk, x.shape) for x in types],
         out_types=types,
         semantics="ppa",
-        scratch=[pltpu.VMEM(shape, bodies.wide(types[0])) for shape in scratch],
+        scratch=[pltpu.VMEM(shape, sum_type(types[0])) for shape in scratch],
         lists=scalars,
         copies=copies + [rows * heads * owners] * len(types),
         name=f"block_sparse_attention_{body.__name__.removesuffix('_body')}",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.block_sparse_attention import visits
+from kernels.products import precision, sum_type
 
 FAR = 1 << 30  # the position of a key that is not there
 
@@ -284,16 +285,10 @@ def _iota(size: tuple[int, int], axis: int):
 
 
 def _dot(a, b, over_a: int, over_b: int):
-    exact = a.dtype.itemsize >= 4
     return jax.lax.dot_general(
         a,
         b,
         (((over_a,), (over_b,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=wide(a),
+        precision=precision(a, b),
+        preferred_element_type=sum_type(a, b),
     )
-
-
-def wide(x) -> jnp.dtype:
-    """The dtype of sums."""
-    return jnp.promote_types(x.dtype, jnp.float32)

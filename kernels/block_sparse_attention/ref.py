@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def block_sparse_attention(
@@ -86,7 +87,7 @@ def _softmax_attention(
     scale: float | None,
 ) -> Float[Array, "B T H V"]:
     """The formula with key heads and lists repeated; a row that sees nothing is zero."""
-    wide = jnp.result_type(q, k, v, jnp.float32)
+    wide = sum_type(q, k, v)
     heads = q.shape[2]
     k_BSHK = jnp.repeat(k.astype(wide), heads // k.shape[2], axis=2)
     v_BSHV = jnp.repeat(v.astype(wide), heads // v.shape[2], axis=2)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels import segments as packed
 from kernels import vary
 from kernels.block_sparse_attention import lists
+from kernels.products import product, sum_type
 
 CHUNK_BYTES = 4 << 20
 FAR = np.iinfo(np.int32).max  # the position of a key that is not there
@@ -166,7 +167,7 @@ def _flash(q, k, v, chosen, queries, keys, plan):
 
 def _forward(q_JBGPCXK, k_BGNX, v_BGNX, chosen_JBGPCM, queries, keys, plan):
     """(out, residuals): a step of the online softmax for every `plan.entries` of a list."""
-    wide = _wide(q_JBGPCXK)
+    wide = sum_type(q_JBGPCXK)
     one_BGPCX1 = vary.like(jnp.ones((*q_JBGPCXK.shape[1:-1], 1), wide), q_JBGPCXK)
     zero_BGPCXV = one_BGPCX1 * jnp.zeros(v_BGNX.shape[3] // plan.block, wide)
 
@@ -176,7 +177,7 @@ def _forward(q_JBGPCXK, k_BGNX, v_BGNX, chosen_JBGPCM, queries, keys, plan):
         def step(carry, named_BGPCM):
             top_BGPCX1, sum_BGPCX1, o_BGPCXV = carry
             k_BGPCSK, v_BGPCSV = (_gather(x, named_BGPCM, plan) for x in (k_BGNX, v_BGNX))
-            s_BGPCXS = _dot("bgpcxk,bgpcsk->bgpcxs", q_BGPCXK, k_BGPCSK)
+            s_BGPCXS = product("bgpcxk,bgpcsk->bgpcxs", q_BGPCXK, k_BGPCSK)
             seen_BGPCXS = _visible(here, keys, named_BGPCM, q_BGPCXK.shape[-2], plan)
             s_BGPCXS = jnp.where(seen_BGPCXS, s_BGPCXS, -jnp.inf)
             new_BGPCX1 = jnp.maximum(top_BGPCX1, jnp.max(s_BGPCXS, axis=-1, keepdims=True))
@@ -185,7 +186,7 @@ def _forward(q_JBGPCXK, k_BGNX, v_BGNX, chosen_JBGPCM, queries, keys, plan):
             keep_BGPCX1 = jnp.exp(plan.scale * (top_BGPCX1 - new_BGPCX1))
             sum_BGPCX1 = keep_BGPCX1 * sum_BGPCX1 + jnp.sum(p_BGPCXS, axis=-1, keepdims=True)
             o_BGPCXV = keep_BGPCX1 * o_BGPCXV
-            o_BGPCXV += _dot("bgpcxs,bgpcsv->bgpcxv", p_BGPCXS.astype(v_BGNX.dtype), v_BGPCSV)
+            o_BGPCXV += product("bgpcxs,bgpcsv->bgpcxv", p_BGPCXS.astype(v_BGNX.dtype), v_BGPCSV)
             return (new_BGPCX1, sum_BGPCX1, o_BGPCXV), None
 
         # The lowest finite number, not -inf: exp(-inf - -inf) is NaN in rows that see nothing.
@@ -217,15 +218,15 @@ def _backward(plan, saved, d_out):
         def step(carry, named_BGPCM):
             dq_BGPCXK, dk_BGNX, dv_BGNX = carry
             k_BGPCSK, v_BGPCSV = (_gather(x, named_BGPCM, plan) for x in (k_BGNX, v_BGNX))
-            s_BGPCXS = _dot("bgpcxk,bgpcsk->bgpcxs", q_BGPCXK, k_BGPCSK)
+            s_BGPCXS = product("bgpcxk,bgpcsk->bgpcxs", q_BGPCXK, k_BGPCSK)
             seen_BGPCXS = _visible(here, keys, named_BGPCM, q_BGPCXK.shape[-2], plan)
             s_BGPCXS = jnp.where(seen_BGPCXS, s_BGPCXS, -jnp.inf)
             p_BGPCXS = jnp.exp(plan.scale * (s_BGPCXS - top_BGPCX1)) / sum_BGPCX1
-            dp_BGPCXS = _dot("bgpcxv,bgpcsv->bgpcxs", d_BGPCXV, v_BGPCSV)
+            dp_BGPCXS = product("bgpcxv,bgpcsv->bgpcxs", d_BGPCXV, v_BGPCSV)
             ds_BGPCXS = (p_BGPCXS * (dp_BGPCXS - delta_BGPCX1) * share_BGPCX1).astype(dtype)
-            dq_BGPCXK += _dot("bgpcxs,bgpcsk->bgpcxk", ds_BGPCXS, k_BGPCSK)
-            dk_BGPCSK = _dot("bgpcxs,bgpcxk->bgpcsk", ds_BGPCXS, q_BGPCXK)
-            dv_BGPCSV = _dot("bgpcxs,bgpcxv->bgpcsv", p_BGPCXS.astype(dtype), d_BGPCXV)
+            dq_BGPCXK += product("bgpcxs,bgpcsk->bgpcxk", ds_BGPCXS, k_BGPCSK)
+            dk_BGPCSK = product("bgpcxs,bgpcxk->bgpcsk", ds_BGPCXS, q_BGPCXK)
+            dv_BGPCSV = product("bgpcxs,bgpcxv->bgpcsv", p_BGPCXS.astype(dtype), d_BGPCXV)
             dk_BGNX = _scatter(dk_BGNX, dk_BGPCSK, named_BGPCM)
             dv_BGNX = _scatter(dv_BGNX, dv_BGPCSV, named_BGPCM)
             return (dq_BGPCXK, dk_BGNX, dv_BGNX), None
@@ -293,11 +294,3 @@ def _lengthen(x: Array, size: int, fill=0) -> Array:
     missing = -x.shape[1] % size
     pad = ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)
     return jnp.pad(x, pad, constant_values=fill) if missing else x
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=_wide(a))

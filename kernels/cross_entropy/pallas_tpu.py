@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels import setting, tpu
+from kernels.products import exact_product, sum_type
 
 LANE = 128
 ROOM = 13 << 20  # bytes of VMEM for blocks and sums, of the 16 MiB that a v4 gives
@@ -112,7 +113,7 @@ def _rows(softcap, x_RD, head, targets_R1):
 def _forward(softcap, x_RD, head, targets_R1):
     rows, width, vocabulary = *x_RD.shape, head.shape[1]
     tile = tiles("forward", rows, width, vocabulary, x_RD.dtype.itemsize, head.dtype.itemsize)
-    wide = jnp.result_type(x_RD, head, jnp.float32)
+    wide = sum_type(x_RD, head)
     number = pl.BlockSpec((tile.rows, 1), lambda r, v: (r, 0))
     nll_R1, lse_R1 = tpu.call(
         functools.partial(_forward_body, softcap, vocabulary),
@@ -202,7 +203,7 @@ def _rows_gradient_body(
     def _():
         sum_RD[...] = jnp.zeros_like(sum_RD)
 
-    sum_RD[...] += _dot("rv,dv->rd", slope_RV.astype(head.dtype), head_DV)
+    sum_RD[...] += exact_product("rv,dv->rd", slope_RV.astype(head.dtype), head_DV)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -244,7 +245,7 @@ def _head_gradient_body(
     def _():
         sum_DV[...] = jnp.zeros_like(sum_DV)
 
-    sum_DV[...] += _dot("rd,rv->dv", x_RD[...], slope_RV.astype(x_RD.dtype))
+    sum_DV[...] += exact_product("rd,rv->dv", x_RD[...], slope_RV.astype(x_RD.dtype))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -269,21 +270,10 @@ def _logits(softcap, vocabulary, at, x_RD, head_DV):
     if ragged:
         entry = at * tile + jax.lax.broadcasted_iota(jnp.int32, head_DV.shape, 1)
         head_DV = jnp.where(entry < vocabulary, head_DV, 0)
-    logits_RV = _dot("rd,dv->rv", x_RD, head_DV)
+    logits_RV = exact_product("rd,dv->rv", x_RD, head_DV)
     if softcap:
         logits_RV = softcap * jnp.tanh(logits_RV / softcap)
     column = at * tile + jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
     if ragged:
         logits_RV = jnp.where(column < vocabulary, logits_RV, -jnp.inf)
     return logits_RV, head_DV, column
-
-
-def _dot(letters, left, right):
-    narrow = max(left.dtype.itemsize, right.dtype.itemsize) < 4
-    return jnp.einsum(
-        letters,
-        left,
-        right,
-        precision=None if narrow else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.result_type(left, right, jnp.float32),
-    )

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.products import sum_type
+
 
 def cross_entropy(
     x: Float[Array, "B T D"],
@@ -14,7 +16,7 @@ def cross_entropy(
     softcap: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """total = sum(weights * nll) and nll = logsumexp(z) - z[target], z = x head."""
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, head.dtype), jnp.float32)
+    wide = sum_type(x, head)
     logits_BTV = jnp.einsum("btd,dv->btv", x.astype(wide), head.astype(wide))
     if softcap:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import vary
+from kernels.products import product, sum_type
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 128
@@ -67,11 +68,11 @@ def _forward(x, head, targets, weights, softcap, chunk):
         d_logits_BCV -= jnp.where(here_BCV, weights_BC[..., None], 0)
         if softcap:
             d_logits_BCV *= 1 - jnp.square(logits_BCV / softcap)
-        d_x_BCD = _dot("bcv,dv->bcd", d_logits_BCV.astype(head.dtype), head)
-        d_head += _dot("bcd,bcv->dv", x_BCD, d_logits_BCV.astype(x.dtype))
+        d_x_BCD = product("bcv,dv->bcd", d_logits_BCV.astype(head.dtype), head)
+        d_head += product("bcd,bcv->dv", x_BCD, d_logits_BCV.astype(x.dtype))
         return d_head, (nll_BC, d_x_BCD.astype(x.dtype))
 
-    d_head = vary.like(jnp.zeros(head.shape, _wide(x, head)), x)
+    d_head = vary.like(jnp.zeros(head.shape, sum_type(x, head)), x)
     d_head, (nll, d_x) = _over_chunks(step, d_head, (x, targets, weights), chunk)
     total = jnp.sum(weights.astype(nll.dtype) * nll)
     like_head = jnp.zeros((), head.dtype)
@@ -88,16 +89,8 @@ def _backward(softcap, chunk, residuals, cotangents):
 _loss.defvjp(_forward, _backward)
 
 
-def _wide(*arrays) -> jnp.dtype:
-    return jnp.result_type(*arrays, jnp.float32)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=_wide(a, b))
-
-
 def _logits(x_BCD: Array, head: Array, softcap: float) -> Array:
-    logits_BCV = _dot("bcd,dv->bcv", x_BCD, head)
+    logits_BCV = product("bcd,dv->bcv", x_BCD, head)
     return softcap * jnp.tanh(logits_BCV / softcap) if softcap else logits_BCV
 
 

@@ -2,9 +2,10 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from kernels.products import HIGHEST
 
 BASE = 8  # measured: smaller matmuls cost as much as these
 
@@ -16,7 +17,7 @@ def unit_lower_inverse(below_BHCS: Float[Array, "*B C C"]) -> Float[Array, "*B C
     larger ones by halves, [[A, 0], [X, B]]^-1 = [[A^-1, 0], [-B^-1 X A^-1, B^-1]]. The series alone
     would cost more and, for large entries, lose digits to cancellation.
     """
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    product = functools.partial(jnp.matmul, precision=HIGHEST)
     blocks, lower_left = below_BHCS[..., None, :, :], []
     while blocks.shape[-1] > BASE:
         half = blocks.shape[-1] // 2

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import chunks, setting, tpu
 from kernels.delta_rule import pallas_tpu_chunk, pallas_tpu_low_rank
+from kernels.products import sum_type
 
 LONGEST, SHORTEST = 64, 16  # of a chunk; two tiles of float32 are the least that a chunk takes
 # Lanes of a program's heads: enough work to hide the fixed cost of a step, few enough for VMEM,
@@ -115,7 +116,7 @@ def _over_mesh(local, arrays, dims, segments, initial_state, scale):
     q, v = arrays["q"], arrays["v"]
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        initial_state = jnp.zeros(shape, pallas_tpu_chunk.wide_of(v))
+        initial_state = jnp.zeros(shape, sum_type(v))
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     return tpu.over_mesh(
         functools.partial(local, scale=scale),
@@ -178,7 +179,7 @@ def _groups_taken(groups: int, lanes: int, wanted: int) -> int:
 
 def _laid_out(plan: Plan, inputs: tuple, segments, initial_state):
     """Arrays as the kernels read them, and the results as the caller does."""
-    wide, length = pallas_tpu_chunk.wide_of(inputs[2]), inputs[0].shape[1]
+    wide, length = sum_type(inputs[2]), inputs[0].shape[1]
     by_kind = [
         _as_rows(plan, x.astype(wide)) if kind == "row" else _by_head(plan, x)
         for x, kind in zip(inputs, plan.kinds, strict=True)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kernels.products import HIGHEST, sum_type
+
 # As in gated_linear/scalar_gate.py: coarse parts have exact sums, and below -1000 a decay is 0.
 GRAIN, FLOOR = 64.0, -1000.0
 BASE = 16  # positions of a triangular block that is inverted row by row
@@ -91,8 +93,8 @@ def product(x, y, axes, narrow: bool):
         jax.lax.dot_general, dimension_numbers=(((axes[0],), (axes[1],)), ((0,), (0,)))
     )
     if not narrow:
-        wide = jnp.promote_types(wide_of(x), wide_of(y))
-        highest = jax.lax.Precision.HIGHEST
+        wide = sum_type(x, y)
+        highest = HIGHEST
         return dot(x.astype(wide), y.astype(wide), precision=highest, preferred_element_type=wide)
     xs, ys = _parts(x), _parts(y)
     pairs = [(a, b) for i, a in enumerate(xs) for j, b in enumerate(ys) if i + j < 2]
@@ -123,11 +125,6 @@ def as_row(x_RC1):
     """(R, C, 1) to (R, 1, C)."""
     row, column = positions(x_RC1.shape[1], x_RC1.shape[1])
     return jnp.sum(jnp.where(row == column, x_RC1, 0), axis=1, keepdims=True)
-
-
-def wide_of(x):
-    """The dtype of sums."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def only(mask, x):
@@ -228,7 +225,7 @@ def scalar_gate(scale, narrow, given: Chunk, marks: Marks) -> Decayed:
     (groups, chunk, _), heads = q_GCK.shape, given.heads
     row, column = positions(chunk, chunk)
     if g_R1C is None:
-        decay = read = write = keep = jnp.ones((groups * heads, 1, 1), wide_of(q_GCK))
+        decay = read = write = keep = jnp.ones((groups * heads, 1, 1), sum_type(q_GCK))
     else:
         decay, read, write, keep = scalar_decays(g_R1C, marks)
     decay_RCS = jnp.where(marks.pair_1CS, decay, 0)
@@ -468,7 +465,7 @@ def suffix_sums(x_RCK):
 def vector_gate(scale, narrow, given: Chunk, marks: Marks) -> Decayed:
     """`Decayed` of heads with a gate a key dimension."""
     q_GCK, k_GCK, _, _, g_RCK = given
-    wide, chunk, heads = wide_of(q_GCK), q_GCK.shape[1], given.heads
+    wide, chunk, heads = sum_type(q_GCK), q_GCK.shape[1], given.heads
     row, column = positions(chunk, chunk)
     e_RCK = jnp.exp(only(marks.real_1C1, g_RCK.astype(wide)))
     q_RCK, k_RCK = scale * spread(q_GCK.astype(wide), heads), spread(k_GCK.astype(wide), heads)

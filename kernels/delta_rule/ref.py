@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def delta_rule(
@@ -19,7 +20,7 @@ def delta_rule(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The recurrence of `kernels.delta_rule`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     scale = float(key_dim**-0.5 if scale is None else scale)
@@ -72,7 +73,7 @@ def dplr(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The recurrence of `kernels.delta_rule.dplr`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, heads, key_dim = q.shape
     scale = float(key_dim**-0.5 if scale is None else scale)
     if segments is None:

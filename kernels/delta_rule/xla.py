@@ -15,6 +15,7 @@ from kernels import segments as packed
 from kernels.delta_rule.low_rank import low_rank_chunk
 from kernels.delta_rule.scalar_gate import scalar_chunk
 from kernels.delta_rule.vector_gate import vector_chunk
+from kernels.products import sum_type
 
 LONGEST = 32  # the chunk; measured on CPUs, where 16 is as fast and 64 slower
 
@@ -31,7 +32,7 @@ def delta_rule(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The operation of `kernels.delta_rule`, chunk by chunk; one token goes straight through."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     scale = key_dim**-0.5 if scale is None else scale
@@ -87,7 +88,7 @@ def dplr(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The operation of `kernels.delta_rule.dplr`, chunk by chunk; one token goes straight."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
     if initial_state is None:

@@ -33,6 +33,7 @@ from kernels.gated_linear.pallas_tpu_chunk import (
     own_write_backward,
     part,
 )
+from kernels.products import sum_type
 
 LONGEST, SHORTEST = 128, 32  # of a chunk
 LARGEST = 1 << 18  # key dim times value dim
@@ -64,7 +65,7 @@ def gated_linear(
     """The operation of `kernels.gated_linear` on TPUs, split over a mesh by rows and heads."""
     if reason := uncovered("gated_linear", q, k, v, log_decay):
         raise ValueError(f"gated_linear as pallas_tpu does not cover {reason}; or use xla.")
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     (batch, _, heads, value), key = v.shape, q.shape[3]
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay.astype(accumulator), v.shape[:3])
@@ -117,7 +118,7 @@ class Laid(NamedTuple):
 def _on_device(*, q, k, v, log_decay, bonus, segments, initial_state, scale):
     """One device's rows and heads: lay the arrays out, run, and lay the results back."""
     (batch, length, groups, key), (heads, value) = q.shape, v.shape[2:]
-    vector, accumulator = log_decay.ndim == 4, jnp.promote_types(v.dtype, jnp.float32)
+    vector, accumulator = log_decay.ndim == 4, sum_type(v)
     room = VECTOR if vector else SCALAR
     count = heads_together(groups, heads, key, value, room)
     shared = max(count * groups // heads, 1)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.products import exact_product
+
 
 class Form(NamedTuple):
     """What a program works on, and how it reads; static."""
@@ -72,20 +74,9 @@ def own_write_backward(form: Form, mask: Mask, q_CX, k_CX, v_CX, u_1X, do_CX):
     return dq_CX, dk_CX, dv_CX, du_1X
 
 
-def product(letters: str, left: jax.Array, right: jax.Array, dtype) -> jax.Array:
-    """einsum of two operands rounded to `dtype`, summed in float32 at least."""
-    return jnp.einsum(
-        letters,
-        left.astype(dtype),
-        right.astype(dtype),
-        precision=None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
-
-
 def rounded_as(*arrays: jax.Array):
-    """`product` in the common dtype of what the caller gave."""
-    return functools.partial(product, dtype=jnp.result_type(*arrays))
+    """`exact_product` in the common dtype of what the caller gave."""
+    return functools.partial(exact_product, dtype=jnp.result_type(*arrays))
 
 
 def down(height: int, width: int) -> jax.Array:

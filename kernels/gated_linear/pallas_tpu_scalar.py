@@ -18,11 +18,11 @@ from kernels.gated_linear.pallas_tpu_chunk import (
     down,
     gather,
     part,
-    product,
     rounded_as,
     spread,
 )
 from kernels.gated_linear.scalar_gate import FLOOR, GRAIN
+from kernels.products import exact_product
 
 
 class Sums(NamedTuple):
@@ -126,7 +126,7 @@ def prefix(form: Form, mask: Mask, g_HC) -> Sums:
     coarse = jnp.round(g_HC * GRAIN) / GRAIN
     parts = coarse, g_HC - coarse
     including = down(*square) >= across(*square)
-    sums = [product("hs,cs->hc", x, including, g_HC.dtype) for x in parts]
+    sums = [exact_product("hs,cs->hc", x, including, g_HC.dtype) for x in parts]
     before = [x - form.lag * own for x, own in zip(sums, parts, strict=True)]
     return Sums([x.T for x in before], [x.T for x in sums], sums)
 
@@ -152,7 +152,7 @@ def factors(form: Form, mask: Mask, sums: Sums):
 def between(ends_CH, starts_HS, writes_SH, kept_1H, lag: int):
     """Sum at gate t what passes it: from S < t to C >= t + lag, the chunk's edges included."""
     square = starts_HS.shape[1], starts_HS.shape[1]
-    exact = functools.partial(product, dtype=starts_HS.dtype)
+    exact = functools.partial(exact_product, dtype=starts_HS.dtype)
     position, gate = down(*square), across(*square)
     ended = exact("ch,ct->ht", ends_CH, position >= gate + lag)
     started = exact("hs,st->ht", starts_HS, position >= gate)

@@ -21,12 +21,12 @@ from kernels.gated_linear.pallas_tpu_chunk import (
     by_head,
     down,
     part,
-    product,
     rounded_as,
     spread,
     sum_heads,
 )
 from kernels.gated_linear.scalar_gate import advance
+from kernels.products import exact_product
 
 
 class Level(NamedTuple):
@@ -148,4 +148,4 @@ def halving_backward(form: Form, dot, das, dq_CX, dk_CX, levels):
 def suffix_sums(x_CX):
     """At each position the sum over it and all later ones."""
     square = x_CX.shape[0], x_CX.shape[0]
-    return product("tc,cx->tx", across(*square) >= down(*square), x_CX, x_CX.dtype)
+    return exact_product("tc,cx->tx", across(*square) >= down(*square), x_CX, x_CX.dtype)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunks
+from kernels.products import HIGHEST
 
-HIGHEST = jax.lax.Precision.HIGHEST
 # Gates are summed in two parts, multiples of 1/64 (sums exact in float32) and the rest, so that a
 # weak gate behind strong ones keeps its digits. Below -1000 every decay is 0, in float64 too.
 GRAIN, FLOOR = 64.0, -1000.0

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from kernels import chunks
 from kernels.gated_linear.scalar_gate import advance
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from kernels.products import HIGHEST
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,8 +9,7 @@ from kernels import chunks
 from kernels import segments as packed
 from kernels.gated_linear.scalar_gate import scalar_chunk
 from kernels.gated_linear.vector_gate import vector_chunk
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from kernels.products import HIGHEST, sum_type
 
 
 def gated_linear(
@@ -26,7 +24,7 @@ def gated_linear(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The operation of `kernels.gated_linear`, chunk by chunk; one token goes straight through."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     scale = key_dim**-0.5 if scale is None else scale
@@ -50,7 +48,7 @@ def gated_linear(
 
 def own_token(q, k, v, bonus, segments, scale):
     """What a token reads of its own write, scale q_t^T diag(u) k_t v_t^T; zero at padding."""
-    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    accumulator = sum_type(v)
     batch, length, groups, key_dim = q.shape
     qk_BTGK = scale * q.astype(accumulator) * k.astype(accumulator)
     u_GRK = bonus.astype(accumulator).reshape(groups, -1, key_dim)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels import setting, tpu
+from kernels.products import exact_product, sum_type
 
 LANE, DEPTH = 128, 4096  # lanes; the longest sum that is not cut
 MATRIX = 6 << 20  # bytes of a slice of a group's matrix, of which two must fit into a v4
@@ -139,7 +140,7 @@ def _rows_times(tile, x_MK, weights, visits, *, transposed):
         ],
         outs=[pl.BlockSpec((tile, cut), lambda n, p, d, group, at, *_: (at[p], n))],
         out_types=[jax.ShapeDtypeStruct((rows, size), x_MK.dtype)],
-        scratch=[pltpu.VMEM((tile, cut), jnp.promote_types(x_MK.dtype, jnp.float32))],
+        scratch=[pltpu.VMEM((tile, cut), sum_type(x_MK))],
         copies=[tiles if whole else 0, grid[0] * (groups + 1) if whole else 0, tiles],
         semantics="paa",
         name="grouped_matmul_rows",
@@ -155,7 +156,7 @@ def _rows_body(letters, group, at, start, stop, x_RK, w, y_RN, sum_RN):
     def _():
         sum_RN[...] = jnp.zeros_like(sum_RN)
 
-    sum_RN[...] += _dot(letters, x_RK[...], w[...])
+    sum_RN[...] += exact_product(letters, x_RK[...], w[...])
 
     @pl.when(part == pl.num_programs(2) - 1)
     def _():
@@ -183,7 +184,7 @@ def _weights_gradient(tile, x_MK, dy_MN, weights, visits):
         ],
         outs=[pl.BlockSpec((None, cut_k, cut_n), lambda k, n, p, group, *_: (group[p], k, n))],
         out_types=[jax.ShapeDtypeStruct((groups + 1, width, size), weights.dtype)],
-        scratch=[pltpu.VMEM((cut_k, cut_n), jnp.promote_types(weights.dtype, jnp.float32))],
+        scratch=[pltpu.VMEM((cut_k, cut_n), sum_type(weights))],
         copies=[rows // tile, rows // tile, groups + 1],
         semantics="ppa",
         name="grouped_matmul_weights",
@@ -207,7 +208,7 @@ def _weights_body(group, at, start, stop, x_RK, dy_RN, dw_KN, sum_KN):
         jnp.where(_mine(start[own], stop_row, at[step], ref.shape), ref[...], 0)
         for ref in (x_RK, dy_RN)
     )
-    sum_KN[...] += _dot("rk,rn->kn", x, dy)
+    sum_KN[...] += exact_product("rk,rn->kn", x, dy)
 
     @pl.when((step == last) | (group[jnp.minimum(step + 1, last)] != own))
     def _():
@@ -218,14 +219,3 @@ def _mine(start, stop, tile, shape) -> jax.Array:
     """Which entries of a tile's block lie in the rows from start to stop."""
     row = tile * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= start) & (row < stop)
-
-
-def _dot(letters, left, right):
-    narrow = max(left.dtype.itemsize, right.dtype.itemsize) < 4
-    return jnp.einsum(
-        letters,
-        left,
-        right,
-        precision=None if narrow else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(jnp.result_type(left, right), jnp.float32),
-    )

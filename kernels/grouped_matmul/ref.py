@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.products import sum_type
+
 
 def grouped_matmul(
     x: Float[Array, "M K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
     """The product of `kernels.grouped_matmul`, one `lax.scan` over groups."""
-    wide = jnp.result_type(x.dtype, weights.dtype, jnp.float32)
+    wide = sum_type(x, weights)
     row = jnp.arange(x.shape[0])
     ends = jnp.cumsum(group_sizes)
 

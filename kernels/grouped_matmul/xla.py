@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import vary
+from kernels.products import product, sum_type
 
 # Rows of a tile. Shorter ones spend more on a group's matrix than on the rows.
 SHORTEST, LONGEST = 16, 256
@@ -63,7 +64,7 @@ def _product(x_MK, weights_EKN, group_sizes):
 
     def step(y_MN, at: Tiles):
         w_KN = jax.lax.dynamic_index_in_dim(weights_EKN, at.group, keepdims=False)
-        y_RN = _dot("rk,kn->rn", _rows(padded_MK, at, tile), w_KN)
+        y_RN = product("rk,kn->rn", _rows(padded_MK, at, tile), w_KN)
         y_RN = _within(y_RN, at).astype(y_MN.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y_MN, y_RN, at.start, axis=0), None
 
@@ -88,17 +89,17 @@ def _backward(residuals, dy_MN):
         x_RK = _within(_rows(padded_MK, at, tile), at)
         dy_RN = _within(_rows(padded_MN, at, tile), at)
         w_KN = jax.lax.dynamic_index_in_dim(weights_EKN, at.group, keepdims=False)
-        dx_RK = _within(_dot("rn,kn->rk", dy_RN, w_KN), at).astype(dx_MK.dtype)
+        dx_RK = _within(product("rn,kn->rk", dy_RN, w_KN), at).astype(dx_MK.dtype)
         dx_MK = jax.lax.dynamic_update_slice_in_dim(dx_MK, dx_RK, at.start, axis=0)
         dw_KN = jax.lax.dynamic_index_in_dim(dw_EKN, at.group, keepdims=False)
-        dw_KN = dw_KN + _dot("rk,rn->kn", x_RK, dy_RN)
+        dw_KN = dw_KN + product("rk,rn->kn", x_RK, dy_RN)
         dw_EKN = jax.lax.dynamic_update_index_in_dim(dw_EKN, dw_KN, at.group, axis=0)
         return (dx_MK, dw_EKN), None
 
     padded_MK, padded_MN = _pad(x_MK, tile), _pad(dy_MN, tile)
     zeros = (
         jnp.zeros((rows + tile, x_MK.shape[1]), x_MK.dtype),
-        jnp.zeros(weights_EKN.shape, jnp.result_type(x_MK, dy_MN, jnp.float32)),
+        jnp.zeros(weights_EKN.shape, sum_type(x_MK, dy_MN)),
     )
     tiles = tiles_of(group_sizes, rows, tile)
     (dx_MK, dw_EKN), _ = jax.lax.scan(step, vary.like(zeros, x_MK), tiles)
@@ -120,7 +121,3 @@ def _rows(rows, at, tile):
 def _within(tile_rows, at):
     row = at.start + jnp.arange(tile_rows.shape[0], dtype=jnp.int32)
     return jnp.where((row < at.stop)[:, None], tile_rows, 0)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.result_type(a, b, jnp.float32))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels import segments as packed
 from kernels import vary
 from kernels.linear_scan.rotation import Factor, conjugate, one_part, times, two_parts
+from kernels.products import sum_type
 
 Pair = tuple[Array, Array]
 
@@ -34,7 +35,7 @@ def complex_linear_scan(
     initial_state: Float[Array, "B 2 D"] | None = None,
 ) -> tuple[Pair, Float[Array, "B 2 D"]]:
     """The recurrence of `kernels.complex_linear_scan`, with boundaries folded into the factors."""
-    accumulator = jnp.promote_types(x_real.dtype, jnp.float32)
+    accumulator = sum_type(x_real)
     batch, length, width = x_real.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, 2, width), accumulator)

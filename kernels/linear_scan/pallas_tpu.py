@@ -32,6 +32,7 @@ from kernels.linear_scan.rotation import (
     times,
     two_parts,
 )
+from kernels.products import sum_type
 
 Number = tuple[Any, ...]
 # Rows of a register, rows that are loaded together (a register of bfloat16), lanes of a block.
@@ -134,7 +135,7 @@ def _on_device(kind, x, gates, segments, initial_state):
         marks = jnp.where(start, START, jnp.where(real, 0, PADDING)).astype(jnp.int32)
         marks = jnp.pad(marks, ((0, 0), (0, -length % form.chunk)))
         marks = marks.reshape(batch, -1, 1, form.chunk)
-    accumulator = jnp.promote_types(x[0].dtype, jnp.float32)
+    accumulator = sum_type(x[0])
     return _walk(form, Laid(marks, x, gates, initial_state.astype(accumulator)))
 
 

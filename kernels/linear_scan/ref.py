@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def linear_scan(
@@ -15,7 +16,7 @@ def linear_scan(
     initial_state: Float[Array, "B D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """The recurrence of `kernels.linear_scan`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, length, width = x.shape
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
@@ -50,7 +51,7 @@ def complex_linear_scan(
     initial_state: Float[Array, "B 2 D"] | None = None,
 ) -> tuple[tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Float[Array, "B 2 D"]]:
     """The recurrence of `kernels.complex_linear_scan`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(x_real.dtype, jnp.float32)
+    accumulator = sum_type(x_real)
     batch, length, width = x_real.shape
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels import segments as packed
 from kernels import vary
 from kernels.linear_scan.complex_xla import complex_linear_scan
+from kernels.products import sum_type
 
 __all__ = ["complex_linear_scan", "linear_scan"]
 
@@ -25,7 +26,7 @@ def linear_scan(
     initial_state: Float[Array, "B D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """The recurrence of `kernels.linear_scan`, with boundaries folded into the decays."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     input_BTD = x.astype(accumulator)
     g_BTD = log_decay.astype(accumulator)
     if initial_state is None:

@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Complex, Float, Int
 
+from kernels.products import HIGHEST
+
 FORMS = ("fft", "matmul")
 DENSE = 1024
 
@@ -191,7 +193,7 @@ def _matrices(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _dot(spec: str, x: Array, matrix: np.ndarray) -> Array:
-    return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(spec, x, matrix.astype(x.dtype), precision=HIGHEST)
 
 
 def _pad(x: Array, before: int, behind: int) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def long_conv(
@@ -16,7 +17,7 @@ def long_conv(
     initial_state: Float[Array, "B L-1 D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B L-1 D"]]:
     """The sum of `kernels.long_conv`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, length, channels = x.shape
     taps_LD = filters.astype(accumulator)[::-1]  # oldest input first, as in the window
     if segments is None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from kernels import segments as packed
 from kernels import setting, vary
 from kernels.long_conv import fourier
+from kernels.products import sum_type
 from kernels.short_conv import xla as short
 
 BASE = 16
@@ -94,7 +95,7 @@ def _last(whole_BUD, numbers, before):
 
 def _one_token(x_BTD, filters, skip, tail_BVD, segments):
     """The filters' product with the tail: no transform."""
-    accumulator = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    accumulator = sum_type(x_BTD)
     taps_LD, now_BD = filters.astype(accumulator), x_BTD[:, 0].astype(accumulator)
     y_BD = taps_LD[0] * now_BD
     y_BD = y_BD + jnp.sum(taps_LD[:0:-1] * tail_BVD.astype(accumulator), axis=1)
@@ -108,7 +109,7 @@ def _one_token(x_BTD, filters, skip, tail_BVD, segments):
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _convolve(form, x_BTD, filters, skip, segments):
-    accumulator = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    accumulator = sum_type(x_BTD)
     wide_BTD, taps_LD = x_BTD.astype(accumulator), filters.astype(accumulator)
     if segments is not None:
         wide_BTD = jnp.where(packed.is_real(segments)[..., None], wide_BTD, 0)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.products import sum_type
+
 
 def norm(
     x: Float[Array, "... D"],
@@ -16,7 +18,7 @@ def norm(
     eps: float = 1e-6,
 ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """u = x act(input_gate) + residual;  y = u / sqrt(mean(u^2) + eps) * weight * act(gate)."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = sum_type(x)
     act = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
     u = x.astype(wide)
     if input_gate is not None:

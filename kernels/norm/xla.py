@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import vary
+from kernels.products import sum_type
 
 
 def norm(
@@ -33,7 +34,7 @@ def _norm(activation, eps, x, weight, residual, gate, input_gate):
 
 
 def _forward(activation, eps, x, weight, residual, gate, input_gate):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = sum_type(x)
     u = x
     if input_gate is not None:
         u = u.astype(wide) * _activate(input_gate.astype(wide), activation)[0]

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import setting, tpu
+from kernels.products import sum_type
 
 # Rows of a register (of bfloat16: ROWS) and its lanes.
 TILE, ROWS, LANE = 8, 16, 128
@@ -93,7 +94,7 @@ def selective_scan(
     """The recurrence of `kernels.selective_scan` on TPUs, split over a mesh by row and channel."""
     if reason := uncovered("selective_scan", x, dt, A):
         raise ValueError(f"selective_scan as pallas_tpu does not cover {reason}; or use xla.")
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, _, width = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, width, A.shape[1]), accumulator)
@@ -117,7 +118,7 @@ def uncovered(function: str, x, dt, A, *_, **__) -> str:
 
 def _on_device(*, x, dt, A, Bm, Cm, D, segments, initial_state):
     """One device's rows and channels: lay the arrays out, run, and lay the results back."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     (_, length, width), state = x.shape, A.shape[1]
     form = Form(length, chunk_length(length, state), segments is not None)
     marks = None

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def selective_scan(
@@ -19,7 +20,7 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The recurrence of `kernels.selective_scan`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, length, width = x.shape
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)

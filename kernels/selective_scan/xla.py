@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import chunks, vary
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 class Inputs(NamedTuple):
@@ -38,7 +39,7 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The recurrence of `kernels.selective_scan`; padding takes steps of size zero."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, length, width = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, width, A.shape[1]), accumulator)

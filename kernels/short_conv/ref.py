@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
+from kernels.products import sum_type
 
 
 def short_conv(
@@ -17,7 +18,7 @@ def short_conv(
     activation: str = "none",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """The sum of `kernels.short_conv`, one `lax.scan` over time."""
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, length, channels = x.shape
     weight_WD = weight.astype(accumulator)
     if segments is None:

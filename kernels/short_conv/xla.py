@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import vary
+from kernels.products import sum_type
 
 # Tokens summed at once in the gradient of the weight.
 BLOCK = 16
@@ -47,7 +48,7 @@ def short_conv(
 
 
 def _one_token(x, weight, bias, segments, tail_BVD, activation):
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = sum_type(x)
     batch, _, channels = x.shape
     if tail_BVD is None:
         tail_BVD = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
@@ -116,7 +117,7 @@ def _forward(activation, *arguments):
 
 def _backward(activation, arguments, dy_BTD):
     x_BTD, weight_WD, bias_D, tail_BVD, reach, first = arguments
-    accumulator = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    accumulator = sum_type(x_BTD)
     dpre_BTD = dy_BTD.astype(accumulator)
     if activation == "silu":
         pre_BTD = _preactivation(*arguments)
@@ -158,7 +159,7 @@ def _activate(y, activation):
 
 
 def _preactivation(x_BTD, weight_WD, bias_D, tail_BVD, reach, first):
-    accumulator = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    accumulator = sum_type(x_BTD)
     x_BTD, taps_WD = x_BTD.astype(accumulator), weight_WD.astype(accumulator)
     width, length = weight_WD.shape[0], x_BTD.shape[1]
     y_BTD = taps_WD[width - 1] * x_BTD
