@@ -15,7 +15,7 @@ from flax import nnx
 
 from configs import schema
 from inference.generate import generate
-from models import lm, named_weights
+from models import lm, weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from training.step import make_trainer, put_batch
@@ -37,7 +37,7 @@ def our_weights(config: lm.Config, seed: int = 0) -> dict:
     """Initial weights, with noise on all vectors: equal gains and biases would hide a wrong map."""
     rng = np.random.default_rng(seed)
     params = nnx.to_pure_dict(nnx.split(config.build(nnx.Rngs(seed)))[1])
-    names = named_weights.dims(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+    names = weights.dims(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
 
     def noisy(weight, dims):
         if "embed" in dims and len([name for name in dims if name != "layers"]) > 1:

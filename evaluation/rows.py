@@ -12,7 +12,7 @@ from flax import nnx
 
 from evaluation import speed
 from evaluation.subject import Subject
-from models import named_weights
+from models import weights
 from report.report import Hot
 from report.table import human
 from resources import compute, devices, gap, network, trace
@@ -27,13 +27,13 @@ _NO_MORE = "--html= --markdown= --csv= --curves= --profile=0 --pareto=".split()
 def parameters(subject: Subject) -> list[Row]:
     """How many weights there are, outside of the vocabulary, and at work on each token."""
     sizes = _sizes(subject)
-    dims = named_weights.dims(subject.abstract)
+    dims = weights.dims(subject.abstract)
     words = jax.tree.map(lambda n, names: n * ("vocab" in names), sizes, dims)
     total = sum(jax.tree.leaves(sizes))
     return [
         Row("parameters, total", total, "", "compiled"),
         Row("parameters, non-embedding", total - sum(jax.tree.leaves(words)), "", "compiled"),
-        Row("parameters, active", named_weights.active(subject.abstract), "", "compiled"),
+        Row("parameters, active", weights.active(subject.abstract), "", "compiled"),
     ]
 
 

@@ -1,8 +1,7 @@
-"""Small parts that architectures share: named weights, norms, rotary positions, convolutions."""
+"""Small parts that architectures share: norms, low-rank maps, rotary positions, convolutions."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,97 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.short_conv import short_conv
 from models.mixer import wide
-
-Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
-
-
-def normal(std: float) -> Initializer:
-    """Normal distribution of standard deviation `std`, cut at two sigma (rescaled for the cut)."""
-    return jax.nn.initializers.truncated_normal(std / 0.87962566)
-
-
-def fan_in(*dims_in: int, gain: float = 1.0) -> Initializer:
-    """`normal` of variance gain^2 / prod(dims_in): keeps the scale of what is multiplied."""
-    return normal(gain / math.sqrt(math.prod(dims_in)))
-
-
-def constant(value: float) -> Initializer:
-    """Every entry equal to `value`."""
-    return jax.nn.initializers.constant(value)
-
-
-def log_uniform(low: float, high: float) -> Initializer:
-    """log of a uniform draw from [low, high]: -exp of it is A of Mamba-2 (arXiv 2405.21060)."""
-    return lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
-
-
-def inverse_softplus(low: float, high: float) -> Initializer:
-    """b with softplus(b) log-uniform in [low, high]: a time step's bias (arXiv 2312.00752, 3.6)."""
-
-    def init(key, shape):
-        low_log, high_log = math.log(low), math.log(high)
-        step = jnp.exp(jax.random.uniform(key, shape, minval=low_log, maxval=high_log))
-        return step + jnp.log(-jnp.expm1(-step))
-
-    return init
-
-
-def weight(
-    rngs: nnx.Rngs,
-    init: Initializer,
-    shape: Sequence[int],
-    dims: Sequence[str],
-    share: float = 1.0,
-) -> nnx.Param:
-    """A float32 weight whose dimensions carry the names `dims` (see parallel/sharding.py).
-
-    `share` is how much of it works on one token: of a mixture's experts, those that a token has.
-    """
-    if len(shape) != len(dims):
-        raise ValueError(f"weight of shape {tuple(shape)} has {len(dims)} names {tuple(dims)}.")
-    return nnx.Param(init(rngs.params(), tuple(shape)), dims=tuple(dims), share=share)
-
-
-def inward(rngs: nnx.Rngs, width: int, shape: Sequence[int], dims: Sequence[str]) -> nnx.Param:
-    """A map (width, *shape) from the residual stream, of variance 1 / width."""
-    return weight(rngs, fan_in(width), (width, *shape), ("embed", *dims))
-
-
-def outward(rngs: nnx.Rngs, shape: Sequence[int], width: int, dims: Sequence[str]) -> nnx.Param:
-    """A map (*shape, width) back to the residual stream, of variance 1 / prod(shape)."""
-    return weight(rngs, fan_in(*shape), (*shape, width), (*dims, "embed"))
-
-
-def filled(rngs: nnx.Rngs, value: float, shape: Sequence[int], dims: Sequence[str]) -> nnx.Param:
-    """A weight that starts at one value: 1 for gains, 0 for biases."""
-    return weight(rngs, constant(value), shape, dims)
-
-
-def project(spec: str, x: Float[Array, "..."], w: nnx.Param) -> Float[Array, "..."]:
-    """einsum(spec, x, w) in x's dtype, as "btd,dhk->bthk"; the map of an activation by a weight."""
-    return _project(spec, x, w[...].astype(x.dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(spec, x, w):
-    return jnp.einsum(spec, x, w)
-
-
-def _project_forward(spec, x, w):
-    x = jax.lax.optimization_barrier(x)
-    return jnp.einsum(spec, x, w), (x, w)
-
-
-def _project_backward(spec, residuals, dy):
-    """The barriers keep XLA on CPUs from working out x and dy once more, in transposed order."""
-    x, w = residuals
-    dy = jax.lax.optimization_barrier(dy)
-    inputs, y = spec.split("->")
-    a, b = inputs.split(",")
-    return jnp.einsum(f"{y},{b}->{a}", dy, w), jnp.einsum(f"{a},{y}->{b}", x, dy)
-
-
-_project.defvjp(_project_forward, _project_backward)
+from models.weights import Initializer, constant, inward, project, weight
 
 
 @jax.named_scope("norm")
@@ -259,36 +168,3 @@ def turned(
     a, b = x[..., :half].astype(dtype), x[..., half : 2 * half].astype(dtype)
     pairs = (a * cos - b * sin, b * cos + a * sin)
     return jnp.concatenate([*(p.astype(x.dtype) for p in pairs), x[..., 2 * half :]], axis=-1)
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`."""
-    divisors = (d for d in range(1, number + 1) if number % d == 0)
-    return min(divisors, key=lambda d: abs(d - wanted))
-
-
-def split_heads(width: int, heads: int, what: str = "heads", of: str = "the width") -> int:
-    """width / heads; ValueError with the nearest number of heads that divides the width."""
-    if heads < 1 or width % heads:
-        near = nearest_divisor(width, heads)
-        raise ValueError(f"{what}={heads} does not divide {of} {width}. Use {near}.")
-    return width // heads
-
-
-def check_groups(heads: int, groups: int) -> None:
-    """ValueError, with the numbers that would do, unless `groups` key heads serve `heads` heads."""
-    if groups < 1 or heads % groups:
-        fits = ", ".join(str(g) for g in range(1, heads + 1) if heads % g == 0)
-        raise ValueError(f"kv_heads={groups} does not divide heads={heads}. Use one of {fits}.")
-
-
-def check_window(window: int, what: str = "window") -> None:
-    """ValueError unless the window is a number of tokens, or 0 for all."""
-    if window < 0:
-        raise ValueError(f"{what}={window} is negative. Use 0 (all) or at least 1.")
-
-
-def check_pairs(dim: int, what: str = "head_dim") -> None:
-    """ValueError where rotary positions cannot pair the numbers of a head."""
-    if dim % 2:
-        raise ValueError(f"{what}={dim} is odd; rotary positions need pairs. Use {dim + 1}.")

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.cross_entropy import cross_entropy
-from models import layers, mixer, multi_token, positions, reports, stacks
+from models import layers, mixer, multi_token, positions, reports, stacks, weights
 from models.attention import softmax
 from models.block import residual
 from models.channel import glu
@@ -81,7 +81,7 @@ REMAT = {
 HIDDEN = 0.15  # share of tokens that an encoder fills in (arXiv 1810.04805, section 3.1)
 
 
-def _padded(init: layers.Initializer, shape: tuple[int, int]) -> layers.Initializer:
+def _padded(init: weights.Initializer, shape: tuple[int, int]) -> weights.Initializer:
     """`init` of `shape`, and zeros around it up to the shape that is asked for."""
 
     def padded(key, whole):
@@ -110,8 +110,8 @@ class LM(nnx.Module):
         table_std = 0.02 if config.head == "tied" else 1.0
         self.vocabulary = config.vocabulary
         rows = -(-config.vocabulary // multiple) * multiple
-        init = _padded(layers.normal(table_std), (config.vocabulary, config.width))
-        self.embed = layers.weight(rngs, init, (rows, config.width), ("vocab", "embed"))
+        init = _padded(weights.normal(table_std), (config.vocabulary, config.width))
+        self.embed = weights.weight(rngs, init, (rows, config.width), ("vocab", "embed"))
         self.positions = positions.build(config.positions, config.width, rngs, table_std)
         self.stacks = nnx.List([])
         if periods:
@@ -119,15 +119,15 @@ class LM(nnx.Module):
             self.stacks = nnx.List([stack(part) for part in parts])
         self.rest = nnx.List([parts[i % len(parts)].build(config.width, rngs) for i in range(rest)])
         self.norm = layers.RMSNorm(config.width, rngs, config.norm_eps)
-        init = _padded(layers.fan_in(config.width), (config.width, config.vocabulary))
+        init = _padded(weights.fan_in(config.width), (config.width, config.vocabulary))
         head = init, (config.width, rows), ("embed", "vocab")
-        self.head: Any = layers.weight(rngs, *head) if config.head == "untied" else None
+        self.head: Any = weights.weight(rngs, *head) if config.head == "untied" else None
         self.dtype, self.remat = config.dtype, config.remat
         self.embed_scale, self.softcap = config.embed_scale, config.softcap
         self.objective = config.objective
         masked = config.objective == "masked"
-        mask = layers.normal(0.02), (config.width,), ("embed",)
-        self.mask: Any = layers.weight(rngs, *mask) if masked else None
+        mask = weights.normal(0.02), (config.width,), ("embed",)
+        self.mask: Any = weights.weight(rngs, *mask) if masked else None
         if not (masked or self.causal):
             raise ValueError(
                 "model.pattern holds a bidirectional mixer, which reads later tokens: a language "

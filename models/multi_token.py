@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import layers
+from models.weights import fan_in, project, weight
 
 
 def build(config: Any, block: Any, rngs: nnx.Rngs) -> "Further | None":
@@ -33,9 +34,7 @@ class Further(nnx.Module):
         self.token_norms = nnx.List([norm() for _ in count])
         self.maps = nnx.List(
             [
-                layers.weight(
-                    rngs, layers.fan_in(2 * width), (2, width, width), ("parts", "value", "embed")
-                )
+                weight(rngs, fan_in(2 * width), (2, width, width), ("parts", "value", "embed"))
                 for _ in count
             ]
         )
@@ -56,7 +55,7 @@ class Further(nnx.Module):
         ):
             tokens = model.embedded(targets)  # token t + k
             pair = jnp.stack([stream_norm(x), token_norm(tokens)], axis=2)
-            x = layers.project("btpd,pde->bte", pair, combine)
+            x = project("btpd,pde->bte", pair, combine)
             x, _ = block(x, segments=segments)
             targets, following, weights = ahead(targets), ahead(following), ahead(weights)
             same &= (following == number) & (following != 0)

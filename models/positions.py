@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models import cache, layers
+from models import cache, weights
 
 
 def build(kind: str, width: int, rngs: nnx.Rngs, start: float) -> "Waves | None":
@@ -21,7 +21,7 @@ class Waves(nnx.Module):
     """
 
     def __init__(self, width: int, rngs: nnx.Rngs, start: float):
-        self.size = layers.filled(rngs, 2**0.5 * start, (width,), ("embed",))
+        self.size = weights.filled(rngs, 2**0.5 * start, (width,), ("embed",))
 
     @jax.named_scope("positions")
     def __call__(

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import schema
 from kernels import dispatch
-from models import mixer, named_weights
+from models import mixer
+from models import weights as named_weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from tests.tolerance import assert_close, rms

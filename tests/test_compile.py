@@ -20,7 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import configs.lm
 from kernels import survey
-from models import catalogue, named_weights
+from models import catalogue
+from models import weights as named_weights
 from parallel import sharding
 from parallel.mesh import AXES
 from programs import topology

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WHOLE = ("models.lm", "models.stacks", "models.named_weights")  # models, whatever is in them
+WHOLE = ("models.lm", "models.stacks", "models.weights")  # models, whatever is in them
 ROOMS = {  # a room: which of our modules it may import beside its own
     "configs": ("models",),
     "models": ("kernels", "parallel.sharding", "parallel.context", "programs.flops"),
@@ -133,7 +133,7 @@ def _is_vague(part: str) -> bool:
 
 
 def _other_architecture(target: str, path: Path) -> bool:
-    """Whether `models.FAMILY...` lies outside this file; `models.layers.weight` does not."""
+    """Whether `models.FAMILY...` lies outside this file; `models.weights.weight` does not."""
     folder = target.split(".")[1] if "." in target else ""
     if within(target, [PARTS]):
         return False
@@ -313,7 +313,7 @@ def test_a_broken_rule_is_found(path, source):
             "models/delta/new.py",
             "from kernels.delta_rule import delta_rule\nfrom models import layers",
         ),
-        ("models/delta/new.py", "from models.layers import weight\nfrom parallel import sharding"),
+        ("models/delta/new.py", "from models.weights import weight\nfrom parallel import sharding"),
         ("models/lm.py", "from models.delta import gated_deltanet"),
         (
             "training/x.py",

@@ -17,7 +17,7 @@ TOY = """
     import dataclasses
     import jax.numpy as jnp
     from kernels.linear_scan import linear_scan
-    from models import layers, mixer
+    from models import mixer, weights
 
     @dataclasses.dataclass
     class Config:
@@ -27,9 +27,9 @@ TOY = """
 
     class Mixer(mixer.Mixer):
         def __init__(self, config, width, rngs):
-            init, shape = layers.fan_in(width), (width, width)
-            self.w = layers.weight(rngs, init, shape, ("embed", "channels"))
-            self.o = layers.weight(rngs, init, shape, ("channels", "embed"))
+            init, shape = weights.fan_in(width), (width, width)
+            self.w = weights.weight(rngs, init, shape, ("embed", "channels"))
+            self.o = weights.weight(rngs, init, shape, ("channels", "embed"))
             self.decay = config.decay
 
         def __call__(self, x, *, segments=None, state=None):

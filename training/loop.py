@@ -16,7 +16,7 @@ from configs import schema
 from data import masking
 from data.pipeline import Split, open_split
 from data.tokenizers import open_tokenizer
-from models import lm, named_weights
+from models import lm, weights
 from parallel import sharding
 from parallel.mesh import make_mesh
 from training import guards, plot
@@ -83,7 +83,7 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     experiment, params = plan.experiment, plan.trainer.stored.params
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     outer = params["embed"].size + (params["head"].size if "head" in params else 0)
-    active = named_weights.active(nnx.merge(plan.trainer.graph, params))
+    active = weights.active(nnx.merge(plan.trainer.graph, params))
     device = jax.devices()[0]
     tokens = experiment.data.batch * experiment.data.length
     rows = {

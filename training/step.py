@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import Data, Experiment
-from models import named_weights
+from models import weights
 from parallel import sharding
 from training.optimizer import make_optimizer, schedule
 
@@ -54,7 +54,7 @@ def make_trainer(
 
     model = nnx.eval_shape(build)
     graph = nnx.split(model)[0]
-    dims = named_weights.dims(model)
+    dims = weights.dims(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps, dims)
     data = experiment.data
 

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from kernels import segments as boundaries
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import checks, mixer, weights
 
 
 @dataclasses.dataclass
@@ -66,23 +66,23 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         _check(config, width)
-        self.qkv = layers.inward(rngs, width, (3, width), ("parts", "channels"))
-        self.o = layers.outward(rngs, (width,), width, ("channels",))
+        self.qkv = weights.inward(rngs, width, (3, width), ("parts", "channels"))
+        self.o = weights.outward(rngs, (width,), width, ("channels",))
         self.form, self.width = config.form, width
         self.window = 0 if config.form == "simple" else config.window
-        small = layers.normal(0.01)
+        small = weights.normal(0.01)
         if config.form == "local":
-            self.bias = layers.weight(rngs, small, (config.window,), ("width",))
+            self.bias = weights.weight(rngs, small, (config.window,), ("width",))
         if config.form == "conv":
             shape, dims = (config.heads, config.window), ("heads", "width")
-            self.bias = layers.weight(rngs, small, shape, dims)
-            self.gain = layers.filled(rngs, 0.0, shape[:1], dims[:1])
-            self.offset = layers.filled(rngs, 0.0, shape[:1], dims[:1])
+            self.bias = weights.weight(rngs, small, shape, dims)
+            self.gain = weights.filled(rngs, 0.0, shape[:1], dims[:1])
+            self.offset = weights.filled(rngs, 0.0, shape[:1], dims[:1])
 
     def __call__(self, x, *, segments=None, state=None):
         old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         dtype = mixer.wide(x.dtype)
-        qkv_BTPC = layers.project("btd,dpc->btpc", x, self.qkv)
+        qkv_BTPC = weights.project("btd,dpc->btpc", x, self.qkv)
         k_BTC, v_BTC = qkv_BTPC[:, :, 1], qkv_BTPC[:, :, 2]
         row, kept = _row(k_BTC, v_BTC, segments, old, self.window)
         sums, far = _running(*row.back(self.window), segments, old, dtype)
@@ -91,7 +91,7 @@ class Mixer(mixer.Mixer):
             total_BTC, weight_BTC = _near(row, self._biases().astype(dtype), *sums)
         mean_BTC = total_BTC / jnp.where(weight_BTC > 0, weight_BTC, 1)
         y_BTC = jax.nn.sigmoid(qkv_BTPC[:, :, 0]) * mean_BTC.astype(x.dtype)
-        return layers.project("btc,cd->btd", y_BTC, self.o), far | kept
+        return weights.project("btc,cd->btd", y_BTC, self.o), far | kept
 
     def _biases(self):
         """(window, C), or (window, 1) where the channels share them."""
@@ -228,4 +228,4 @@ def _check(config: Config, width: int) -> None:
     if config.window < 1:
         raise ValueError(f"window={config.window} must be at least 1; 32 is usual.")
     if config.form == "conv":
-        layers.split_heads(width, config.heads)
+        checks.split_heads(width, config.heads)

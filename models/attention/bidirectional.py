@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from kernels import chunks
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import rotary
 
 STATELESS = (
@@ -47,18 +47,18 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if heads < 1 or dim < 1:
             raise ValueError(f"heads={heads} of head_dim={dim}: both must be at least 1.")
-        layers.check_window(config.reach, "reach")
+        checks.window(config.reach, "reach")
         self.rotary = rotary.Rotary(config.rope_base) if config.rope_base else None
         if self.rotary is not None:
             self.rotary.check(dim)
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
         self.norms = (
-            layers.filled(rngs, 1.0, (2, dim), ("parts", "key")) if config.qk_norm else None
+            weights.filled(rngs, 1.0, (2, dim), ("parts", "key")) if config.qk_norm else None
         )
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.reach = config.reach
 
     def __call__(self, x, *, segments=None, state=None):
@@ -66,7 +66,7 @@ class Mixer(mixer.Mixer):
             raise ValueError(STATELESS)
         nothing_B = jnp.zeros(x.shape[0], jnp.int32)
         positions_BT = cache.positions(nothing_B, segments, x.shape[1])
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BTPHK[:, :, i] for i in range(3))
         if self.norms is not None:
             q_BTHK = layers.rms_norm(q_BTHK, self.norms[0])
@@ -78,7 +78,7 @@ class Mixer(mixer.Mixer):
             o_BTHK = _local(q_BTHK, k_BTHK, v_BTHK, segments, self.reach)
         else:
             o_BTHK = attention(q_BTHK, k_BTHK, v_BTHK, segments=segments, causal=False)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), ()
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Refused: there is nothing to decode from."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -41,14 +41,14 @@ class Mixer(mixer.Mixer):
         heads = config.heads
         key = _key_dim(config, width)
         dims = ("parts", "heads", "key")
-        self.q = layers.inward(rngs, width, (2, heads, key), dims)
-        self.k = layers.inward(rngs, width, (2, heads, key), dims)
-        self.v = layers.inward(rngs, width, (heads, 2 * key), ("heads", "value"))
-        draw = layers.normal(0.1)
-        self.lambda_q = layers.weight(rngs, draw, (2, key), ("parts", "key"))
-        self.lambda_k = layers.weight(rngs, draw, (2, key), ("parts", "key"))
-        self.norm = layers.filled(rngs, 1.0, (2 * key,), ("value",))
-        self.o = layers.outward(rngs, (heads, 2 * key), width, ("heads", "value"))
+        self.q = weights.inward(rngs, width, (2, heads, key), dims)
+        self.k = weights.inward(rngs, width, (2, heads, key), dims)
+        self.v = weights.inward(rngs, width, (heads, 2 * key), ("heads", "value"))
+        draw = weights.normal(0.1)
+        self.lambda_q = weights.weight(rngs, draw, (2, key), ("parts", "key"))
+        self.lambda_k = weights.weight(rngs, draw, (2, key), ("parts", "key"))
+        self.norm = weights.filled(rngs, 1.0, (2 * key,), ("value",))
+        self.o = weights.outward(rngs, (heads, 2 * key), width, ("heads", "value"))
         self.lambda_init, self.rope_base = config.lambda_init, config.rope_base
         self.heads, self.key = heads, key
 
@@ -57,7 +57,7 @@ class Mixer(mixer.Mixer):
         positions_BT = cache.positions(old["length"], segments, x.shape[1])
         q_1, q_2 = self._halves(x, self.q, positions_BT)
         k_1, k_2 = self._halves(x, self.k, positions_BT)
-        v_BTHV = layers.project("btd,dhv->bthv", x, self.v)
+        v_BTHV = weights.project("btd,dhv->bthv", x, self.v)
 
         # What two nearby maps read must keep its digits: attention gives its output v's dtype.
         full = mixer.wide(x.dtype)
@@ -82,11 +82,11 @@ class Mixer(mixer.Mixer):
             beside=beside,
         )
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...], eps=1e-5) * (1 - self.lambda_init)
-        return layers.project("bthv,hvd->btd", o_BTHV.astype(x.dtype), self.o), new
+        return weights.project("bthv,hvd->btd", o_BTHV.astype(x.dtype), self.o), new
 
     def _halves(self, x, w, positions_BT):
         """The heads' two queries or keys, turned."""
-        both_BTPHK = layers.project("btd,dphk->btphk", x, w)
+        both_BTPHK = weights.project("btd,dphk->btphk", x, w)
         turn = lambda half: layers.rotary(both_BTPHK[:, :, half], positions_BT, self.rope_base)
         return turn(0), turn(1)
 
@@ -107,7 +107,7 @@ def _key_dim(config: Config, width: int) -> int:
     heads, key = config.heads, config.key_dim
     if not key:
         if heads < 1 or width % (2 * heads):
-            near = layers.nearest_divisor(width // 2, heads)
+            near = checks.nearest_divisor(width // 2, heads)
             raise ValueError(
                 f"heads={heads} of two maps: {2 * heads} do not divide the width {width}. "
                 f"Use {near}."
@@ -115,7 +115,7 @@ def _key_dim(config: Config, width: int) -> int:
         key = width // heads // 2
     if heads < 1 or key < 1:
         raise ValueError(f"heads={heads} of key_dim={key}: both must be at least 1.")
-    layers.check_pairs(key, "key_dim")
+    checks.pairs(key, "key_dim")
     if not 0 <= config.lambda_init < 1:
         raise ValueError(f"lambda_init={config.lambda_init} is outside [0, 1). Use 0.8.")
     if config.rope_base <= 1:

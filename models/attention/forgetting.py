@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import forget_gates
 
 
@@ -42,26 +42,26 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if heads < 1 or dim < 1:
             raise ValueError(f"heads={heads} of head_dim={dim}: both must be at least 1.")
-        self.q = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
-        self.kv = layers.inward(rngs, width, (2, heads, dim), ("parts", "heads", "key"))
-        self.forget = layers.inward(rngs, width, (heads,), ("heads",))
-        self.forget_bias = layers.filled(rngs, 0.0, (heads,), ("heads",))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.q = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
+        self.kv = weights.inward(rngs, width, (2, heads, dim), ("parts", "heads", "key"))
+        self.forget = weights.inward(rngs, width, (heads,), ("heads",))
+        self.forget_bias = weights.filled(rngs, 0.0, (heads,), ("heads",))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.pro = config.pro
         if config.pro:
-            self.shift = layers.inward(rngs, width, (2, heads), ("parts", "heads"))
-            self.gate = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
-            self.norms = layers.filled(rngs, 1.0, (3, heads, dim), ("parts", "heads", "key"))
+            self.shift = weights.inward(rngs, width, (2, heads), ("parts", "heads"))
+            self.gate = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
+            self.norms = weights.filled(rngs, 1.0, (3, heads, dim), ("parts", "heads", "key"))
         self.heads, self.dim = heads, dim
 
     def __call__(self, x, *, segments=None, state=None):
         old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         positions_BT = cache.positions(old["length"], segments, x.shape[1])
         q_BTHK, k_BTHK, v_BTHK, last = self._tokens(x, segments, old)
-        gate_BTH = layers.project("btd,dh->bth", x, self.forget).astype(mixer.wide(x.dtype))
+        gate_BTH = weights.project("btd,dh->bth", x, self.forget).astype(mixer.wide(x.dtype))
         log_forget_BTH = jax.nn.log_sigmoid(gate_BTH + self.forget_bias[...])
         after_BTH = forget_gates.since(log_forget_BTH, segments)
         bias = forget_gates.aged(old["bias"], old["place"], log_forget_BTH, segments)
@@ -79,19 +79,19 @@ class Mixer(mixer.Mixer):
             ),
         )
         if self.pro:
-            gate_BTHK = layers.project("btd,dhk->bthk", x, self.gate)
+            gate_BTHK = weights.project("btd,dhk->bthk", x, self.gate)
             o_BTHK = layers.rms_norm(o_BTHK, self.norms[2]) * jax.nn.sigmoid(gate_BTHK)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new | last
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), new | last
 
     def _tokens(self, x, segments, old):
         """q, k, v, and what the next shift asks for."""
-        q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
-        kv_BTPHK = layers.project("btd,dphk->btphk", x, self.kv)
+        q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
+        kv_BTPHK = weights.project("btd,dphk->btphk", x, self.kv)
         if not self.pro:
             return q_BTHK, kv_BTPHK[:, :, 0], kv_BTPHK[:, :, 1], {}
         flat_BTF = kv_BTPHK.reshape(*x.shape[:2], -1)
         before_BTF, last = layers.token_shift(flat_BTF, segments, old["shift"])
-        mix_BTPH = jax.nn.sigmoid(layers.project("btd,dph->btph", x, self.shift))
+        mix_BTPH = jax.nn.sigmoid(weights.project("btd,dph->btph", x, self.shift))
         kv_BTPHK += mix_BTPH[..., None] * (before_BTF.reshape(kv_BTPHK.shape) - kv_BTPHK)
         q_BTHK = layers.rms_norm(q_BTHK, self.norms[0])
         k_BTHK = layers.rms_norm(kv_BTPHK[:, :, 0], self.norms[1])

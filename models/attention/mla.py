@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -41,22 +41,22 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         rope = config.rope_dim or max(2, dim // 4 * 2)
         rank = config.kv_rank or 4 * dim
         _check(config, dim, rope, rank)
         self.has_q_latent = config.q_rank > 0
         if self.has_q_latent:
-            self.q_down = layers.inward(rngs, width, (config.q_rank,), ("rank",))
-            self.q_norm = layers.filled(rngs, 1.0, (config.q_rank,), ("rank",))
+            self.q_down = weights.inward(rngs, width, (config.q_rank,), ("rank",))
+            self.q_norm = weights.filled(rngs, 1.0, (config.q_rank,), ("rank",))
         inputs = (config.q_rank, "rank") if self.has_q_latent else (width, "embed")
         self.q = _up(rngs, *inputs, (heads, dim + rope), "key")
-        self.kv_down = layers.inward(rngs, width, (rank,), ("rank",))
-        self.kv_norm = layers.filled(rngs, 1.0, (rank,), ("rank",))
-        self.k_rope = layers.inward(rngs, width, (rope,), ("key",))
+        self.kv_down = weights.inward(rngs, width, (rank,), ("rank",))
+        self.kv_norm = weights.filled(rngs, 1.0, (rank,), ("rank",))
+        self.k_rope = weights.inward(rngs, width, (rope,), ("key",))
         self.k_up = _up(rngs, rank, "rank", (heads, dim), "key")
         self.v_up = _up(rngs, rank, "rank", (heads, dim), "value")
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "value"))
         self.dim, self.rope, self.rank = dim, rope, rank
         self.rope_base = config.rope_base
 
@@ -64,23 +64,23 @@ class Mixer(mixer.Mixer):
         old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         positions_BT = cache.positions(old["length"], segments, x.shape[1])
         q_BTHK, q_rope_BTHK = self._queries(x, positions_BT)
-        c_BTR = layers.project("btd,dr->btr", x, self.kv_down)
+        c_BTR = weights.project("btd,dr->btr", x, self.kv_down)
         c_BTR = layers.rms_norm(c_BTR, self.kv_norm[...])
-        k_rope_BT1K = layers.project("btd,dk->btk", x, self.k_rope)[:, :, None]
+        k_rope_BT1K = weights.project("btd,dk->btk", x, self.k_rope)[:, :, None]
         k_rope_BT1K = layers.rotary(k_rope_BT1K, positions_BT, self.rope_base)
 
         def spelled_out():
             shared_BTHK = jnp.broadcast_to(k_rope_BT1K, q_rope_BTHK.shape)
-            k_BTHK = layers.project("btr,rhk->bthk", c_BTR, self.k_up)
+            k_BTHK = weights.project("btr,rhk->bthk", c_BTR, self.k_up)
             return attention(
                 jnp.concatenate([q_BTHK, q_rope_BTHK], axis=-1),
                 jnp.concatenate([k_BTHK, shared_BTHK], axis=-1),
-                layers.project("btr,rhv->bthv", c_BTR, self.v_up),
+                weights.project("btr,rhv->bthv", c_BTR, self.v_up),
                 segments=segments,
             )
 
         def absorbed(seen, **where):
-            q_BTHR = layers.project("bthk,rhk->bthr", q_BTHK, self.k_up)
+            q_BTHR = weights.project("bthk,rhk->bthr", q_BTHK, self.k_up)
             o_BTHR = cached_attention(
                 jnp.concatenate([q_BTHR, q_rope_BTHK], axis=-1),
                 seen["key"],
@@ -88,7 +88,7 @@ class Mixer(mixer.Mixer):
                 scale=(self.dim + self.rope) ** -0.5,
                 **where,
             )
-            return layers.project("bthr,rhv->bthv", o_BTHR, self.v_up)
+            return weights.project("bthr,rhv->bthv", o_BTHR, self.v_up)
 
         o_BTHV, new = cache.attend(
             {"key": jnp.concatenate([c_BTR[:, :, None], k_rope_BT1K], axis=-1)},
@@ -99,16 +99,16 @@ class Mixer(mixer.Mixer):
             alone=spelled_out,
             beside=absorbed,
         )
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), new
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), new
 
     def _queries(self, x, positions_BT):
         """The heads' queries: the part without position, and the turned part."""
         if self.has_q_latent:
-            c_BTR = layers.project("btd,dr->btr", x, self.q_down)
+            c_BTR = weights.project("btd,dr->btr", x, self.q_down)
             c_BTR = layers.rms_norm(c_BTR, self.q_norm[...])
-            q_BTHK = layers.project("btr,rhk->bthk", c_BTR, self.q)
+            q_BTHK = weights.project("btr,rhk->bthk", c_BTR, self.q)
         else:
-            q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
+            q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
         turned_BTHK = layers.rotary(q_BTHK[..., self.dim :], positions_BT, self.rope_base)
         return q_BTHK[..., : self.dim], turned_BTHK
 
@@ -119,8 +119,8 @@ class Mixer(mixer.Mixer):
 
 def _up(rngs, inputs, dim_in, shape, dim_out):
     """A map from `inputs` numbers to the heads, of variance 1 / inputs."""
-    init = layers.fan_in(inputs)
-    return layers.weight(rngs, init, (inputs, *shape), (dim_in, "heads", dim_out))
+    init = weights.fan_in(inputs)
+    return weights.weight(rngs, init, (inputs, *shape), (dim_in, "heads", dim_out))
 
 
 def _check(config: Config, dim: int, rope: int, rank: int) -> None:

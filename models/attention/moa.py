@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
 from kernels.grouped_matmul import grouped_matmul
-from models import cache, layers, mixer, reports
+from models import cache, checks, layers, mixer, reports, weights
 from models.parts import routing
 
 
@@ -48,17 +48,17 @@ class Mixer(mixer.Mixer):
         heads = config.kv_heads
         if heads < 1:
             raise ValueError(f"kv_heads={heads} must be at least 1. Use 1.")
-        dim = config.head_dim or layers.split_heads(width, config.top_k * heads, "top_k * kv_heads")
+        dim = config.head_dim or checks.split_heads(width, config.top_k * heads, "top_k * kv_heads")
         if config.rope_base:
-            layers.check_pairs(dim)
-        layers.check_window(config.window)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
+            checks.pairs(dim)
+        checks.window(config.window)
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
         shape, dims = (config.experts, width, heads, dim), ("experts", "embed", "heads", "key")
         share = config.top_k / config.experts
-        self.q = layers.weight(rngs, layers.fan_in(width), shape, dims, share)
-        self.kv = layers.inward(rngs, width, (2, heads, dim), ("parts", "heads", "key"))
+        self.q = weights.weight(rngs, weights.fan_in(width), shape, dims, share)
+        self.kv = weights.inward(rngs, width, (2, heads, dim), ("parts", "heads", "key"))
         shape, dims = (config.experts, heads, dim, width), ("experts", "heads", "key", "embed")
-        self.o = layers.weight(rngs, layers.fan_in(heads, dim), shape, dims, share)
+        self.o = weights.weight(rngs, weights.fan_in(heads, dim), shape, dims, share)
         self.top_k, self.window, self.rope_base = config.top_k, config.window, config.rope_base
         self.balance, self.z = config.balance, config.z
 
@@ -68,7 +68,7 @@ class Mixer(mixer.Mixer):
         weight_BTJ, expert_BTJ = self._route(x, segments)
         plan = routing.plan(expert_BTJ, self.router.shape[1])
         q_BTHK = self._queries(x, plan)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", x, self.kv)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", x, self.kv)
         k_BTGK, v_BTGK = kv_BTPGK[:, :, 0], kv_BTPGK[:, :, 1]
         if self.rope_base:
             q_BTHK = layers.rotary(q_BTHK, positions_BT, self.rope_base)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from kernels.attention import cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import forget_gates, householder
 
 
@@ -44,28 +44,28 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if heads < 1 or dim < 1:
             raise ValueError(f"heads={heads} of head_dim={dim}: both must be at least 1.")
         if config.rank < 1:
             raise ValueError(f"rank={config.rank} must be at least 1; the paper uses 32.")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
-        self.w_down = layers.inward(rngs, width, (config.rank,), ("rank",))
-        init = layers.fan_in(config.rank)
-        self.w_up = layers.weight(rngs, init, (config.rank, heads, dim), ("rank", "heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.w_down = weights.inward(rngs, width, (config.rank,), ("rank",))
+        init = weights.fan_in(config.rank)
+        self.w_up = weights.weight(rngs, init, (config.rank, heads, dim), ("rank", "heads", "key"))
         self.w_conv = layers.ShortConv((heads, dim), ("heads", "key"), rngs, width=config.conv)
         # Of each head: beta, and the forget gate where there is one.
         gates = 1 + config.forget
-        self.gates = layers.inward(rngs, width, (gates, heads), ("parts", "heads"))
-        self.gate_bias = layers.filled(rngs, 0.0, (gates, heads), ("parts", "heads"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.gates = weights.inward(rngs, width, (gates, heads), ("parts", "heads"))
+        self.gate_bias = weights.filled(rngs, 0.0, (gates, heads), ("parts", "heads"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.forget, self.shape = config.forget, (heads, dim)
 
     def __call__(self, x, *, segments=None, state=None):
         old = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         positions_BT = cache.positions(old["length"], segments, x.shape[1])
         dtype = mixer.wide(x.dtype)
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         q_BTHK, k_BTHK = (qkv_BTPHK[:, :, i].astype(dtype) for i in (0, 1))
         v_BTHK = qkv_BTPHK[:, :, 2]
         w_BTHK, tail = self._directions(x, segments, old["conv"])
@@ -94,18 +94,18 @@ class Mixer(mixer.Mixer):
             alone=lambda: householder.attend(row, v_BTHK, segments),
             beside=beside,
         )
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new | {"conv": tail}
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), new | {"conv": tail}
 
     def _directions(self, x, segments, tail):
         """w of unit length, and the convolution's state."""
-        w_BTR = layers.project("btd,dr->btr", x, self.w_down)
-        w_BTHK = layers.project("btr,rhk->bthk", w_BTR, self.w_up)
+        w_BTR = weights.project("btd,dr->btr", x, self.w_down)
+        w_BTHK = weights.project("btr,rhk->bthk", w_BTR, self.w_up)
         w_BTHK, tail = self.w_conv(w_BTHK, segments=segments, state=tail)
         return layers.l2_norm(w_BTHK.astype(mixer.wide(x.dtype))), tail
 
     def _gates(self, x, segments):
         """beta = 2 sigmoid, and log forget gates or zeros; padding changes and forgets nothing."""
-        gates_BTPH = layers.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
+        gates_BTPH = weights.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
         gates_BTPH = gates_BTPH + self.gate_bias[...]
         beta_BTH = 2 * jax.nn.sigmoid(gates_BTPH[:, :, 0])
         log_forget_BTH = jnp.zeros_like(beta_BTH)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import rotary
 
 
@@ -65,20 +65,20 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, groups = config.heads, config.kv_heads or config.heads
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         _check(config, dim)
         self.rotary = _rotary(config, dim)
         self.slopes = alibi_slopes(heads) if config.positions == "alibi" else None
-        self.q = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
+        self.q = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
         shared = "heads" if groups > 1 else "groups"  # a single head is whole on every device
-        self.kv = layers.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
-        self.sinks = layers.filled(rngs, 0.0, (heads,), ("heads",)) if config.sinks else None
+        self.kv = weights.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.sinks = weights.filled(rngs, 0.0, (heads,), ("heads",)) if config.sinks else None
         self.norms = (
-            layers.filled(rngs, 1.0, (2, dim), ("parts", "key")) if config.qk_norm else None
+            weights.filled(rngs, 1.0, (2, dim), ("parts", "key")) if config.qk_norm else None
         )
         self.gate = (
-            layers.inward(rngs, width, (heads, dim), ("heads", "key")) if config.gated else None
+            weights.inward(rngs, width, (heads, dim), ("heads", "key")) if config.gated else None
         )
         self.window, self.softcap = config.window, config.softcap
         self.cache_shape = (groups, dim)
@@ -111,13 +111,13 @@ class Mixer(mixer.Mixer):
             beside=beside,
         )
         if self.gate is not None:
-            o_BTHK *= jax.nn.sigmoid(layers.project("btd,dhk->bthk", x, self.gate))
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new
+            o_BTHK *= jax.nn.sigmoid(weights.project("btd,dhk->bthk", x, self.gate))
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), new
 
     def _tokens(self, x, positions_BT):
         """q, k and v with norms and rotary positions."""
-        q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", x, self.kv)
+        q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", x, self.kv)
         k_BTGK, v_BTGK = kv_BTPGK[:, :, 0], kv_BTPGK[:, :, 1]
         if self.norms is not None:
             q_BTHK = layers.rms_norm(q_BTHK, self.norms[0])
@@ -181,8 +181,8 @@ def _check(config: Config, dim: int) -> None:
     heads, groups = config.heads, config.kv_heads or config.heads
     if heads < 1 or dim < 1:
         raise ValueError(f"heads={heads} of head_dim={dim}: both must be at least 1.")
-    layers.check_groups(heads, groups)
-    layers.check_window(config.window)
+    checks.groups(heads, groups)
+    checks.window(config.window)
     if config.softcap < 0:
         raise ValueError(f"softcap={config.softcap} is negative. Use 0.0 (off) or 50.0.")
     if config.positions not in ("rope", "alibi", "none"):

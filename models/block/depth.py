@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import cache, layers, mixer, reports
+from models import cache, mixer, reports, weights
 from models.parts import capacity
 
 PARTS = 64  # the capacity is a multiple of 1 / PARTS: counts are compared in integers
@@ -49,7 +49,7 @@ class Mixer(mixer.Mixer):
             raise ValueError(f"capacity={config.capacity} must be from 1/64 to 63/64. Use {near}.")
         self.block = config.block.build(width, rngs)
         self.causal = self.block.causal
-        self.router = layers.inward(rngs, width, (), ())
+        self.router = weights.inward(rngs, width, (), ())
         self.balance = config.balance
 
     def __call__(self, x, *, segments=None, state=None):

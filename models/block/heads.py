@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import sublayer
 
 
@@ -37,7 +37,7 @@ class Mixer(sublayer.Chain):
             )
         self.parts = nnx.List([part.build(width, rngs) for part in config.mixers])
         count = (len(config.mixers), width)
-        self.gain = layers.filled(rngs, 1.0, count, ("parts", "embed"))
+        self.gain = weights.filled(rngs, 1.0, count, ("parts", "embed"))
         self.eps = config.norm_eps
 
     def __call__(self, x, *, segments=None, state=None):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -43,12 +43,12 @@ class Mixer(sublayer.Chain):
         n, count = config.streams, len(self.parts)
         # One map a layer: n weights in, n out, n x n between, a hundredth of their biases.
         shape = (count, n, width, n * (n + 2))
-        init = lambda key, shape: 0.01 * layers.fan_in(n * width)(key, shape)
-        self.maps = layers.weight(rngs, init, shape, ("parts", "state", "embed", "rank"))
+        init = lambda key, shape: 0.01 * weights.fan_in(n * width)(key, shape)
+        self.maps = weights.weight(rngs, init, shape, ("parts", "state", "embed", "rank"))
         into = jnp.full((n,), -jnp.log(n - 1.0))  # sigmoid: 1 / n
         start = jnp.concatenate([into, jnp.zeros(n), (NEAR_IDENTITY * jnp.eye(n)).reshape(-1)])
         bias = lambda key, shape: jnp.broadcast_to(start, shape)
-        self.bias = layers.weight(rngs, bias, (count, n * (n + 2)), ("parts", "rank"))
+        self.bias = weights.weight(rngs, bias, (count, n * (n + 2)), ("parts", "rank"))
         self.streams = n
 
     def __call__(self, x, *, segments=None, state=None):

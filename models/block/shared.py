@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -45,7 +45,7 @@ class Mixer(mixer.Mixer):
         self.shared = config.shared.build(2 * width, rngs)
         self.blocks = nnx.List([block.build(width, rngs) for block in config.blocks])
         self.maps = nnx.List(
-            [layers.outward(rngs, (2 * width,), width, ("value",)) for _ in config.blocks]
+            [weights.outward(rngs, (2 * width,), width, ("value",)) for _ in config.blocks]
         )
         self.causal = all(part.causal for part in (self.shared, *self.blocks))
 
@@ -56,7 +56,7 @@ class Mixer(mixer.Mixer):
             called, own = (None, None) if old is None else old
             both = jnp.concatenate([x, first], axis=-1)
             both, called = self.shared(both, segments=segments, state=called)
-            x = constrain(x + layers.project("btf,fd->btd", both, back), "batch", "time", "embed")
+            x = constrain(x + weights.project("btf,fd->btd", both, back), "batch", "time", "embed")
             x, own = block(x, segments=segments, state=own)
             new.append((called, own))
         return x, tuple(new)

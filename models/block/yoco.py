@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import sublayer
 
 
@@ -42,21 +42,21 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, groups = config.heads, config.kv_heads or config.heads
-        dim, eps = layers.split_heads(width, heads), config.norm_eps
-        layers.check_groups(heads, groups)
+        dim, eps = checks.split_heads(width, heads), config.norm_eps
+        checks.groups(heads, groups)
         if config.above < 1:
             raise ValueError(f"above={config.above} must be at least 1 layer that reads the cache.")
         self.below = sublayer.sublayers(config.below, width, rngs, eps)
         self.norm = layers.RMSNorm(width, rngs, eps)
         shared = "heads" if groups > 1 else "groups"
-        self.kv = layers.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
+        self.kv = weights.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
         count = range(config.above)
         self.norms = nnx.List([layers.RMSNorm(width, rngs, eps) for _ in count])
         self.q = nnx.List(
-            [layers.inward(rngs, width, (heads, dim), ("heads", "key")) for _ in count]
+            [weights.inward(rngs, width, (heads, dim), ("heads", "key")) for _ in count]
         )
         self.o = nnx.List(
-            [layers.outward(rngs, (heads, dim), width, ("heads", "key")) for _ in count]
+            [weights.outward(rngs, (heads, dim), width, ("heads", "key")) for _ in count]
         )
         self.channels = sublayer.sublayers([config.channel] * config.above, width, rngs, eps)
         self.rope_base, self.cache_shape = config.rope_base, (groups, dim)
@@ -71,16 +71,16 @@ class Mixer(mixer.Mixer):
             below.append(after)
 
         place_BT = cache.positions(olds["kv"]["length"], segments, length)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", self.norm(x), self.kv)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", self.norm(x), self.kv)
         tokens = {"k": layers.rotary(kv_BTPGK[:, :, 0], place_BT, self.rope_base)}
         tokens["v"] = kv_BTPGK[:, :, 1]
         new = olds["kv"]
         before = sublayer.before(olds["channels"], self.channels)
         for i, old in enumerate(before):
-            q_BTHK = layers.project("btd,dhk->bthk", self.norms[i](x), self.q[i])
+            q_BTHK = weights.project("btd,dhk->bthk", self.norms[i](x), self.q[i])
             q_BTHK = layers.rotary(q_BTHK, place_BT, self.rope_base)
             o_BTHK, new = self._read(q_BTHK, tokens, olds["kv"], place_BT, segments, state is None)
-            x = x + layers.project("bthk,hkd->btd", o_BTHK, self.o[i])
+            x = x + weights.project("bthk,hkd->btd", o_BTHK, self.o[i])
             y, after = self.channels[i](x, segments=segments, state=old)
             x = x + y
             channels.append(after)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import routing, ternary
 
 
@@ -38,9 +38,9 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         hidden = routing.hidden_units(config.hidden, width, 8, 3)
-        self.gate = layers.inward(rngs, width, (hidden,), ("channels",))
-        self.up = layers.inward(rngs, width, (hidden,), ("channels",))
-        self.down = layers.outward(rngs, (hidden,), width, ("channels",))
+        self.gate = weights.inward(rngs, width, (hidden,), ("channels",))
+        self.up = weights.inward(rngs, width, (hidden,), ("channels",))
+        self.down = weights.outward(rngs, (hidden,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         gate_BTF = ternary.bit_linear("btd,df->btf", x, self.gate[...], x.dtype)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import layers, mixer, reports
+from models import checks, mixer, reports, weights
 from models.parts import routing
 
 TINY = 2.0**-30  # of a choice too many, in the gradient of the bias
@@ -57,8 +57,8 @@ class Mixer(mixer.Mixer):
         routing.check(config.experts, config.top_k)
         _check(config)
         hidden = routing.hidden_units(config.hidden, width, 2, 3)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
-        bias = layers.filled(rngs, 0.0, (config.experts,), ("router",))
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
+        bias = weights.filled(rngs, 0.0, (config.experts,), ("router",))
         self.bias = bias if config.score == "sigmoid" else None
         self.experts = routing.Experts(
             config.experts,
@@ -115,13 +115,13 @@ class Shared(nnx.Module):
     """The shared experts: side by side they are one SwiGLU."""
 
     def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
-        self.up = layers.inward(rngs, width, (2, hidden), ("parts", "channels"))
-        self.down = layers.outward(rngs, (hidden,), width, ("channels",))
+        self.up = weights.inward(rngs, width, (2, hidden), ("parts", "channels"))
+        self.down = weights.outward(rngs, (hidden,), width, ("channels",))
 
     def __call__(self, x):
-        up_BTPF = layers.project("btd,dpf->btpf", x, self.up)
+        up_BTPF = weights.project("btd,dpf->btpf", x, self.up)
         hidden_BTF = jax.nn.silu(up_BTPF[:, :, 0]) * up_BTPF[:, :, 1]
-        return layers.project("btf,fd->btd", hidden_BTF, self.down)
+        return weights.project("btf,fd->btd", hidden_BTF, self.down)
 
 
 def _check(config):
@@ -131,7 +131,7 @@ def _check(config):
     if config.shared < 0:
         raise ValueError(f"shared={config.shared} is negative. Use 0 (none) or more.")
     if config.groups < 1 or config.experts % config.groups:
-        near = layers.nearest_divisor(config.experts, config.groups)
+        near = checks.nearest_divisor(config.experts, config.groups)
         raise ValueError(
             f"groups={config.groups} does not divide experts={config.experts}. Use {near}."
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer, reports
+from models import mixer, reports, weights
 from models.parts import routing
 
 
@@ -41,7 +41,7 @@ class Mixer(mixer.Mixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         routing.check(config.experts, config.top_k)
         hidden = routing.hidden_units(config.hidden, width, 8, 3)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
         self.experts = routing.Experts(
             config.experts,
             width,

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import routing
 
 
@@ -52,7 +52,7 @@ class Mixer(mixer.Mixer):
                 f"an expert takes a token once. Use {near}."
             )
         hidden = routing.hidden_units(config.hidden, width, 4, 1)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
         self.experts = routing.Experts(
             config.experts,
             width,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -43,14 +43,14 @@ class Mixer(mixer.Mixer):
         if config.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation={config.activation!r} is unknown. Use one of {known}.")
-        self.up = layers.inward(rngs, width, (2, hidden), ("parts", "channels"))
-        self.down = layers.outward(rngs, (hidden,), width, ("channels",))
+        self.up = weights.inward(rngs, width, (2, hidden), ("parts", "channels"))
+        self.down = weights.outward(rngs, (hidden,), width, ("channels",))
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x, *, segments=None, state=None):
-        up_BTPF = layers.project("btd,dpf->btpf", x, self.up)
+        up_BTPF = weights.project("btd,dpf->btpf", x, self.up)
         hidden = self.activation(up_BTPF[:, :, 0]) * up_BTPF[:, :, 1]
-        return layers.project("btf,fd->btd", hidden, self.down), ()
+        return weights.project("btf,fd->btd", hidden, self.down), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Nothing: each token is mixed alone."""

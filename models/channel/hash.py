@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import routing
 
 
@@ -38,7 +38,7 @@ class Mixer(mixer.Mixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         routing.check(config.experts, 1)
         hidden = routing.hidden_units(config.hidden, width, 4, 1)
-        self.directions = layers.inward(rngs, width, (config.experts,), ("experts",))
+        self.directions = weights.inward(rngs, width, (config.experts,), ("experts",))
         self.experts = routing.Experts(
             config.experts,
             width,

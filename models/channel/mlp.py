@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -48,13 +48,13 @@ class Mixer(mixer.Mixer):
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation={config.activation!r} is unknown. Use one of {known}.")
         hidden = config.hidden or 4 * width
-        self.up = layers.inward(rngs, width, (hidden,), ("channels",))
-        self.down = layers.outward(rngs, (hidden,), width, ("channels",))
+        self.up = weights.inward(rngs, width, (hidden,), ("channels",))
+        self.down = weights.outward(rngs, (hidden,), width, ("channels",))
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x, *, segments=None, state=None):
-        hidden_BTF = self.activation(layers.project("btd,df->btf", x, self.up))
-        return layers.project("btf,fd->btd", hidden_BTF, self.down), ()
+        hidden_BTF = self.activation(weights.project("btd,df->btf", x, self.up))
+        return weights.project("btf,fd->btd", hidden_BTF, self.down), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Nothing: each token is mixed alone."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer, reports
+from models import mixer, reports, weights
 from models.parts import routing
 
 
@@ -48,8 +48,8 @@ class Mixer(mixer.Mixer):
                 f"top_k={config.top_k} is all experts: no load to estimate. Use {config.top_k - 1}."
             )
         hidden = routing.hidden_units(config.hidden, width, 4, 1)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
-        self.noise = layers.filled(rngs, 0.0, (width, config.experts), ("embed", "experts"))
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
+        self.noise = weights.filled(rngs, 0.0, (width, config.experts), ("embed", "experts"))
         self.experts = routing.Experts(
             config.experts,
             width,

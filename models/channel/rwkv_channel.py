@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -43,10 +43,10 @@ class Mixer(mixer.Mixer):
         hidden = config.hidden or 4 * width
         parts = 2 if config.receptance else 1
         power = 0.5 if config.receptance else 0.5**4
-        self.before = layers.weight(rngs, _falling(power), (parts, width), ("parts", "embed"))
-        self.up = layers.inward(rngs, width, (hidden,), ("channels",))
-        self.down = layers.outward(rngs, (hidden,), width, ("channels",))
-        gate = layers.inward(rngs, width, (width,), ("channels",)) if config.receptance else None
+        self.before = weights.weight(rngs, _falling(power), (parts, width), ("parts", "embed"))
+        self.up = weights.inward(rngs, width, (hidden,), ("channels",))
+        self.down = weights.outward(rngs, (hidden,), width, ("channels",))
+        gate = weights.inward(rngs, width, (width,), ("channels",)) if config.receptance else None
         self.gate = gate
 
     def __call__(self, x, *, segments=None, state=None):
@@ -54,10 +54,10 @@ class Mixer(mixer.Mixer):
         wide = mixer.wide(x.dtype)  # where gradients of the mixing weights are summed over time
         step_BTD = before_BTD.astype(wide) - x.astype(wide)
         mixed = [(x.astype(wide) + step_BTD * m).astype(x.dtype) for m in self.before[...]]
-        hidden_BTF = jnp.square(jax.nn.relu(layers.project("btd,df->btf", mixed[0], self.up)))
-        y = layers.project("btf,fd->btd", hidden_BTF, self.down)
+        hidden_BTF = jnp.square(jax.nn.relu(weights.project("btd,df->btf", mixed[0], self.up)))
+        y = weights.project("btf,fd->btd", hidden_BTF, self.down)
         if self.gate is not None:
-            y = jax.nn.sigmoid(layers.project("btd,dc->btc", mixed[1], self.gate)) * y
+            y = jax.nn.sigmoid(weights.project("btd,dc->btc", mixed[1], self.gate)) * y
         return y, last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import routing
 
 
@@ -51,8 +51,8 @@ class Mixer(mixer.Mixer):
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1. Use 1.")
         hidden = routing.hidden_units(config.hidden, width, 4, 1)
         shape = (config.experts, config.slots)
-        self.router = layers.inward(rngs, width, shape, ("experts", "parts"))
-        self.scale = layers.filled(rngs, 1.0, (), ())
+        self.router = weights.inward(rngs, width, shape, ("experts", "parts"))
+        self.scale = weights.filled(rngs, 1.0, (), ())
         self.experts = routing.Experts(
             config.experts, width, hidden, rngs, activation=jax.nn.gelu, gated=False, share=1.0
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer, reports
+from models import mixer, reports, weights
 from models.parts import routing
 
 
@@ -51,7 +51,7 @@ class Mixer(mixer.Mixer):
         total = config.experts + 2 + config.constants
         routing.check(total, config.top_k)
         hidden = routing.hidden_units(config.hidden, width, 8, 3)
-        self.router = layers.inward(rngs, width, (total,), ("experts",))
+        self.router = weights.inward(rngs, width, (total,), ("experts",))
         self.experts = routing.Experts(
             config.experts,
             width,
@@ -61,9 +61,9 @@ class Mixer(mixer.Mixer):
             gated=True,
             share=config.top_k / total,
         )
-        self.mix = layers.inward(rngs, width, (config.constants, 2), ("experts", "parts"))
+        self.mix = weights.inward(rngs, width, (config.constants, 2), ("experts", "parts"))
         shape = (config.constants, width)
-        self.vectors = layers.weight(rngs, layers.normal(1.0), shape, ("experts", "embed"))
+        self.vectors = weights.weight(rngs, weights.normal(1.0), shape, ("experts", "embed"))
         self.top_k, self.balance, self.tau = config.top_k, config.balance, config.tau
 
     def __call__(self, x, *, segments=None, state=None):
@@ -85,9 +85,9 @@ class Mixer(mixer.Mixer):
 
     def _constant(self, x, gates_BTE):
         """sum_e gate_e (a_e1 x + a_e2 v_e)."""
-        mix_BTEP = layers.project("btd,dep->btep", x, self.mix).astype(mixer.wide(x.dtype))
+        mix_BTEP = weights.project("btd,dep->btep", x, self.mix).astype(mixer.wide(x.dtype))
         mix_BTEP = gates_BTE[..., None] * jax.nn.softmax(mix_BTEP).astype(x.dtype)
-        constant = layers.project("bte,ed->btd", mix_BTEP[..., 1], self.vectors)
+        constant = weights.project("bte,ed->btd", mix_BTEP[..., 1], self.vectors)
         return mix_BTEP[..., 0].sum(-1, keepdims=True) * x + constant
 
     def _uneven(self, probs_BTE, hot_BTE, real_BT):

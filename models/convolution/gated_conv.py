@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -35,18 +35,18 @@ class Mixer(mixer.Mixer):
         if config.channels < 0:
             raise ValueError(f"channels={config.channels} is negative. Use 0 (the width) or more.")
         channels = config.channels or width
-        self.bcu = layers.inward(rngs, width, (3, channels), ("parts", "channels"))
+        self.bcu = weights.inward(rngs, width, (3, channels), ("parts", "channels"))
         self.conv = layers.ShortConv(
             (channels,), ("channels",), rngs, width=config.conv, bias=False
         )
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
-        bcu_BTPC = layers.project("btd,dpc->btpc", x, self.bcu)
+        bcu_BTPC = weights.project("btd,dpc->btpc", x, self.bcu)
         u_BTC, tail = self.conv(
             bcu_BTPC[:, :, 0] * bcu_BTPC[:, :, 2], segments=segments, state=state
         )
-        return layers.project("btc,cd->btd", bcu_BTPC[:, :, 1] * u_BTC, self.o), tail
+        return weights.project("btc,cd->btd", bcu_BTPC[:, :, 1] * u_BTC, self.o), tail
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The convolution's tail, all zero."""

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.long_conv import long_conv
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import diagonal
 
 
@@ -47,21 +47,21 @@ class Mixer(mixer.Mixer):
             raise ValueError(f"shift={config.shift} must be at least 2 tokens; the paper uses 64.")
         modes = config.state // 2
         dims, shape = ("channels", "state"), (width, modes)
-        self.qkv = layers.inward(rngs, width, (3, width), ("parts", "channels"))
-        taps = layers.fan_in(config.shift)
-        self.taps = layers.weight(rngs, taps, (config.shift, width), ("width", "channels"))
+        self.qkv = weights.inward(rngs, width, (3, width), ("parts", "channels"))
+        taps = weights.fan_in(config.shift)
+        self.taps = weights.weight(rngs, taps, (config.shift, width), ("width", "channels"))
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
-        self.log_dt = layers.weight(rngs, steps, (width,), ("channels",))
+        self.log_dt = weights.weight(rngs, steps, (width,), ("channels",))
         start = -0.5 * np.ones(modes) + 1j * np.pi * np.arange(modes)  # S4D-Lin
-        self.log_rate = layers.weight(rngs, diagonal.rows(np.log(-start.real)), shape, dims)
-        self.frequency = layers.weight(rngs, diagonal.rows(start.imag), shape, dims)
-        self.c = layers.weight(rngs, layers.normal(0.5**0.5), (2, *shape), ("parts", *dims))
-        self.skips = layers.weight(rngs, layers.normal(1.0), (2, width), ("parts", "channels"))
-        self.o = layers.outward(rngs, (width,), width, ("channels",))
+        self.log_rate = weights.weight(rngs, diagonal.rows(np.log(-start.real)), shape, dims)
+        self.frequency = weights.weight(rngs, diagonal.rows(start.imag), shape, dims)
+        self.c = weights.weight(rngs, weights.normal(0.5**0.5), (2, *shape), ("parts", *dims))
+        self.skips = weights.weight(rngs, weights.normal(1.0), (2, width), ("parts", "channels"))
+        self.o = weights.outward(rngs, (width,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"k": None, "h": None}
-        qkv_BTPC = layers.project("btd,dpc->btpc", x, self.qkv)
+        qkv_BTPC = weights.project("btd,dpc->btpc", x, self.qkv)
         k_BTC, tail = long_conv(
             qkv_BTPC[:, :, 1],
             self.taps[...],
@@ -82,7 +82,7 @@ class Mixer(mixer.Mixer):
             initial_state=state["h"],
         )
         y_BTC = (y_BTC + self.skips[1] * kv_BTC).astype(x.dtype) * qkv_BTPC[:, :, 0]
-        return layers.project("btc,cd->btd", y_BTC, self.o), {"k": tail, "h": h_B2M}
+        return weights.project("btc,cd->btd", y_BTC, self.o), {"k": tail, "h": h_B2M}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The last keys (B, shift - 1, D) and the modes (B, 2, D N / 2), all zero."""

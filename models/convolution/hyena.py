@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.long_conv import long_conv
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts.implicit_filter import ImplicitFilter
 
 
@@ -46,7 +46,7 @@ class Mixer(mixer.Mixer):
         if order < 1:
             raise ValueError(f"order={order} must be at least 1; the paper uses 2 and 3.")
         parts = (order + 1, width)
-        self.xv = layers.inward(rngs, width, parts, ("parts", "channels"))
+        self.xv = weights.inward(rngs, width, parts, ("parts", "channels"))
         self.conv = layers.ShortConv(parts, ("parts", "channels"), rngs, width=config.conv)
         self.filters = ImplicitFilter(
             order,
@@ -57,13 +57,13 @@ class Mixer(mixer.Mixer):
             bands=config.filter_bands,
             frequency=config.filter_frequency,
         )
-        self.skip = layers.weight(rngs, layers.normal(1.0), (order, width), ("parts", "channels"))
-        self.o = layers.outward(rngs, (width,), width, ("channels",))
+        self.skip = weights.weight(rngs, weights.normal(1.0), (order, width), ("parts", "channels"))
+        self.o = weights.outward(rngs, (width,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"conv": None, "z": [None] * len(self.skip[...])}
         xv_BTPC, conv_tail = self.conv(
-            layers.project("btd,dpc->btpc", x, self.xv), segments=segments, state=state["conv"]
+            weights.project("btd,dpc->btpc", x, self.xv), segments=segments, state=state["conv"]
         )
         z_BTC, tails = xv_BTPC[:, :, -1], []
         first = state["z"][0]
@@ -74,7 +74,7 @@ class Mixer(mixer.Mixer):
             )
             z_BTC = xv_BTPC[:, :, n] * z_BTC
             tails.append(tail)
-        y = layers.project("btc,cd->btd", z_BTC, self.o)
+        y = weights.project("btc,cd->btd", z_BTC, self.o)
         return y, {"conv": conv_tail, "z": tails}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

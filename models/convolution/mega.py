@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, layers, mixer, weights
 from models.parts import diagonal
 from parallel.sharding import constrain
 
@@ -66,25 +66,25 @@ class Mixer(mixer.Mixer):
             raise ValueError(f"value_dim={value} is negative. Use 0 (twice the width) or more.")
         shape, dims = (width, config.modes), ("channels", "state")
         self.norm = layers.RMSNorm(width, rngs, config.norm_eps)
-        small = layers.normal(0.2)
-        self.alpha = layers.weight(rngs, small, shape, dims)
-        self.delta = layers.weight(rngs, small, shape, dims)
-        self.into = layers.weight(rngs, _alternating, shape, dims)
-        self.out = layers.weight(rngs, layers.fan_in(config.modes), shape, dims)
-        self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("channels",))
-        self.v = layers.inward(rngs, width, (value,), ("channels",))
-        self.v_bias = layers.filled(rngs, 0.0, (value,), ("channels",))
-        self.z = layers.inward(rngs, width, (key,), ("key",))
-        self.z_bias = layers.filled(rngs, 0.0, (key,), ("key",))
-        self.r = layers.inward(rngs, width, (value,), ("channels",))
-        self.r_bias = layers.filled(rngs, 0.0, (value,), ("channels",))
-        self.gate = layers.inward(rngs, width, (2, width), ("parts", "channels"))
-        self.gate_bias = layers.filled(rngs, 0.0, (2, width), ("parts", "channels"))
-        tiny = layers.normal(0.02)
-        self.gain = layers.weight(rngs, tiny, (2, key), ("parts", "key"))
-        self.offset = layers.filled(rngs, 0.0, (2, key), ("parts", "key"))
-        self.position = layers.weight(rngs, tiny, (2, key), ("parts", "key"))
-        self.o = layers.outward(rngs, (value,), width, ("channels",))
+        small = weights.normal(0.2)
+        self.alpha = weights.weight(rngs, small, shape, dims)
+        self.delta = weights.weight(rngs, small, shape, dims)
+        self.into = weights.weight(rngs, _alternating, shape, dims)
+        self.out = weights.weight(rngs, weights.fan_in(config.modes), shape, dims)
+        self.skip = weights.weight(rngs, weights.normal(1.0), (width,), ("channels",))
+        self.v = weights.inward(rngs, width, (value,), ("channels",))
+        self.v_bias = weights.filled(rngs, 0.0, (value,), ("channels",))
+        self.z = weights.inward(rngs, width, (key,), ("key",))
+        self.z_bias = weights.filled(rngs, 0.0, (key,), ("key",))
+        self.r = weights.inward(rngs, width, (value,), ("channels",))
+        self.r_bias = weights.filled(rngs, 0.0, (value,), ("channels",))
+        self.gate = weights.inward(rngs, width, (2, width), ("parts", "channels"))
+        self.gate_bias = weights.filled(rngs, 0.0, (2, width), ("parts", "channels"))
+        tiny = weights.normal(0.02)
+        self.gain = weights.weight(rngs, tiny, (2, key), ("parts", "key"))
+        self.offset = weights.filled(rngs, 0.0, (2, key), ("parts", "key"))
+        self.position = weights.weight(rngs, tiny, (2, key), ("parts", "key"))
+        self.o = weights.outward(rngs, (value,), width, ("channels",))
         self.chunk = config.chunk
 
     def __call__(self, x, *, segments=None, state=None):
@@ -94,7 +94,7 @@ class Mixer(mixer.Mixer):
         u_BTD, average = self._average(n_BTD, segments, None if training else old["average"])
         place_BT, length_B = cache.document_positions(old["length"], segments, x.shape[1])
         q_BTK, k_BTK = self._query_and_key(u_BTD, place_BT)
-        v_BTV = layers.project("btd,dv->btv", n_BTD, self.v) + self.v_bias[...]
+        v_BTV = weights.project("btd,dv->btv", n_BTD, self.v) + self.v_bias[...]
         v_BTV = jax.nn.silu(v_BTV).astype(x.dtype)
         past = {"k": old["k"], "v": old["v"], "length": old["length"]}
         o_BTV = self._attend(q_BTK, k_BTK, v_BTV, place_BT, segments, None if training else past)
@@ -121,7 +121,7 @@ class Mixer(mixer.Mixer):
     def _query_and_key(self, u_BTD, place_BT):
         """q / sqrt(z) and k, each followed by the position's part of the bias."""
         dtype = mixer.wide(u_BTD.dtype)
-        z_BTK = layers.project("btd,dk->btk", u_BTD, self.z).astype(dtype)
+        z_BTK = weights.project("btd,dk->btk", u_BTD, self.z).astype(dtype)
         z_BTK = jax.nn.silu(z_BTK + self.z_bias[...])
         qk_BTPK = z_BTK[:, :, None] * self.gain[...] + self.offset[...]
         scale = jnp.array([z_BTK.shape[-1] ** -0.5, 1.0], dtype)[:, None]
@@ -189,9 +189,9 @@ class Mixer(mixer.Mixer):
 
     def _gated(self, x, u_BTD, o_BTV):
         """x + phi * (silu(u W_h + (r * o) U_h + b_h) - x), the sum in the wide dtype."""
-        r_BTV = jax.nn.silu(layers.project("btd,dv->btv", u_BTD, self.r) + self.r_bias[...])
-        gate_BTPD = layers.project("btd,dpc->btpc", u_BTD, self.gate) + self.gate_bias[...]
-        read_BTD = layers.project("btv,vd->btd", (r_BTV * o_BTV).astype(x.dtype), self.o)
+        r_BTV = jax.nn.silu(weights.project("btd,dv->btv", u_BTD, self.r) + self.r_bias[...])
+        gate_BTPD = weights.project("btd,dpc->btpc", u_BTD, self.gate) + self.gate_bias[...]
+        read_BTD = weights.project("btv,vd->btd", (r_BTV * o_BTV).astype(x.dtype), self.o)
         h_BTD = jax.nn.silu(gate_BTPD[:, :, 1] + read_BTD)
         stream = x.astype(mixer.wide(x.dtype))
         return (stream + jax.nn.sigmoid(gate_BTPD[:, :, 0]) * (h_BTD - stream)).astype(x.dtype)

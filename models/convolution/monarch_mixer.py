@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.long_conv import long_conv
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts.implicit_filter import ImplicitFilter
 
 
@@ -51,11 +51,11 @@ class Monarch(nnx.Module):
 
     def __init__(self, width: int, blocks: int, rngs: nnx.Rngs, parts: int = 1):
         size = width // blocks
-        right, left = layers.fan_in(size), layers.fan_in(blocks)
-        self.right = layers.weight(
+        right, left = weights.fan_in(size), weights.fan_in(blocks)
+        self.right = weights.weight(
             rngs, right, (parts, blocks, size, size), ("parts", "heads", "key", "value")
         )
-        self.left = layers.weight(
+        self.left = weights.weight(
             rngs, left, (parts, size, blocks, blocks), ("parts", "heads", "key", "value")
         )
 
@@ -64,8 +64,8 @@ class Monarch(nnx.Module):
         parts, blocks, size, _ = self.right.shape
         x_BTPIJ = x_BTPD.reshape(*x_BTPD.shape[:3], blocks, size)
         x_BTPIJ = jnp.broadcast_to(x_BTPIJ, (*x_BTPD.shape[:2], parts, blocks, size))
-        x_BTPIK = layers.project("btpij,pijk->btpik", x_BTPIJ, self.right)
-        x_BTPLK = layers.project("btpik,pkil->btplk", x_BTPIK, self.left)
+        x_BTPIK = weights.project("btpij,pijk->btpik", x_BTPIJ, self.right)
+        x_BTPLK = weights.project("btpik,pkil->btplk", x_BTPIK, self.left)
         return x_BTPLK.reshape(*x_BTPLK.shape[:3], -1)
 
 
@@ -73,8 +73,8 @@ class Mixer(mixer.Mixer):
     """(v, g, u) = shortconv(M_1 x), y = M_2 (g * (h conv (u * v)))."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
-        blocks = config.blocks or layers.nearest_divisor(width, math.isqrt(width))
-        layers.split_heads(width, blocks, "blocks")
+        blocks = config.blocks or checks.nearest_divisor(width, math.isqrt(width))
+        checks.split_heads(width, blocks, "blocks")
         self.into = Monarch(width, blocks, rngs, parts=3)
         self.conv = layers.ShortConv((3, width), ("parts", "channels"), rngs, width=config.conv)
         # An encoder has filters back and ahead, of the gated convolution and of the other one.
@@ -88,7 +88,7 @@ class Mixer(mixer.Mixer):
             frequency=config.filter_frequency,
         )
         skips = (1 if self.causal else 2, width)
-        self.skips = layers.weight(rngs, layers.normal(1.0), skips, ("parts", "channels"))
+        self.skips = weights.weight(rngs, weights.normal(1.0), skips, ("parts", "channels"))
         self.out = Monarch(width, blocks, rngs)
 
     def __call__(self, x, *, segments=None, state=None):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.delta_rule import dplr
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import delta
 
 
@@ -43,19 +43,19 @@ class Mixer(delta.DeltaMixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
         delta.check_sizes(heads, key_dim=config.key_dim, value_dim=config.value_dim)
-        key = config.key_dim or max(1, 3 * layers.split_heads(width, heads) // 4)
+        key = config.key_dim or max(1, 3 * checks.split_heads(width, heads) // 4)
         value = config.value_dim or 2 * key
         super().__init__(width, heads, key, value, config.conv, rngs)
-        self.beta = layers.inward(rngs, width, (heads,), ("heads",))
+        self.beta = weights.inward(rngs, width, (heads,), ("heads",))
         self.decay = delta.Decay(width, heads, rngs)
-        self.erase = layers.filled(rngs, 1.0, (heads,), ("heads",))
-        self.correction = layers.filled(rngs, config.correction, (heads,), ("heads",))
-        self.z = layers.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.erase = weights.filled(rngs, 1.0, (heads,), ("heads",))
+        self.correction = weights.filled(rngs, config.correction, (heads,), ("heads",))
+        self.z = weights.inward(rngs, width, (heads, value), ("heads", "value"))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         (q_BTHK, k_BTHK, v_BTHV), tails, s_BHKV = self.read(x, segments, state, dtype)
-        beta_BTH = layers.project("btd,dh->bth", x, self.beta).astype(dtype)
+        beta_BTH = weights.project("btd,dh->bth", x, self.beta).astype(dtype)
         written_BTHK = jax.nn.sigmoid(beta_BTH)[..., None] * k_BTHK
         o_BTHV, s_BHKV = dplr(
             q_BTHK - self.correction[...][:, None] * k_BTHK,
@@ -67,5 +67,5 @@ class Mixer(delta.DeltaMixer):
             segments=segments,
             initial_state=s_BHKV,
         )
-        z_BTHV = layers.project("btd,dhv->bthv", x, self.z)
+        z_BTHV = weights.project("btd,dhv->bthv", x, self.z)
         return self.write(o_BTHV, jax.nn.sigmoid(z_BTHV)), tails | {"s": s_BHKV}

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from kernels.delta_rule import delta_rule
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import delta
 
 
@@ -42,14 +42,14 @@ class Mixer(delta.DeltaMixer):
         heads = config.heads
         delta.check_sizes(heads, key_dim=config.key_dim, value_dim=config.value_dim)
         delta.check_beta_max(config.beta_max)
-        key = config.key_dim or layers.split_heads(width, heads)
+        key = config.key_dim or checks.split_heads(width, heads)
         super().__init__(width, heads, key, config.value_dim or key, config.conv, rngs)
-        self.beta = layers.inward(rngs, width, (heads,), ("heads",))
+        self.beta = weights.inward(rngs, width, (heads,), ("heads",))
         self.beta_max = config.beta_max
 
     def __call__(self, x, *, segments=None, state=None):
         (q_BTHK, k_BTHK, v_BTHV), tails, s_BHKV = self.read(x, segments, state)
-        beta_BTH = layers.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
+        beta_BTH = weights.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
         o_BTHV, s_BHKV = delta_rule(
             q_BTHK,
             k_BTHK,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.delta_rule import delta_rule
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import delta
 
 
@@ -46,17 +46,17 @@ class Mixer(mixer.Mixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, steps = config.heads, config.steps
         delta.check_sizes(heads, key_dim=config.key_dim, value_dim=config.value_dim)
-        key = config.key_dim or layers.split_heads(width, heads)
+        key = config.key_dim or checks.split_heads(width, heads)
         value = config.value_dim or key
         _check(config)
         wide, thin = ("parts", "heads", "value"), ("parts", "heads", "key")
         self.q = delta.Convolved(width, (heads, key), thin[1:], config.conv, rngs)
         self.k = delta.Convolved(width, (steps, heads, key), thin, config.conv, rngs)
         self.v = delta.Convolved(width, (steps, heads, value), wide, config.conv, rngs)
-        self.beta = layers.inward(rngs, width, (steps, heads), ("parts", "heads"))
+        self.beta = weights.inward(rngs, width, (steps, heads), ("parts", "heads"))
         self.decay = delta.Decay(width, heads, rngs) if config.gate == "scalar" else None
-        self.norm = layers.filled(rngs, 1.0, (value,), ("value",))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.norm = weights.filled(rngs, 1.0, (value,), ("value",))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.beta_max = config.beta_max
         self.state_shape = (heads, key, value)
 
@@ -66,7 +66,7 @@ class Mixer(mixer.Mixer):
         k_BTNHK, k_tail = self.k(x, segments=segments, state=state["k"])
         v_BTNHV, v_tail = self.v(x, segments=segments, state=state["v"])
         steps = k_BTNHK.shape[2]
-        beta_BTNH = layers.project("btd,dnh->btnh", x, self.beta).astype(mixer.wide(x.dtype))
+        beta_BTNH = weights.project("btd,dnh->btnh", x, self.beta).astype(mixer.wide(x.dtype))
         along = lambda y_BTNxx: y_BTNxx.reshape(y_BTNxx.shape[0], -1, *y_BTNxx.shape[3:])
         o_BSHV, s_BHKV = delta_rule(
             jnp.repeat(layers.l2_norm(q_BTHK), steps, axis=1),
@@ -78,7 +78,7 @@ class Mixer(mixer.Mixer):
             initial_state=state["s"],
         )
         o_BTHV = layers.rms_norm(o_BSHV[:, steps - 1 :: steps], self.norm[...])
-        y = layers.project("bthv,hvd->btd", o_BTHV, self.o)
+        y = weights.project("bthv,hvd->btd", o_BTHV, self.o)
         return y, {"q": q_tail, "k": k_tail, "v": v_tail, "s": s_BHKV}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from kernels.delta_rule import delta_rule
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import delta
 
 
@@ -39,16 +39,16 @@ class Mixer(delta.DeltaMixer):
         if heads % groups:
             near = max(groups, heads // groups * groups)
             raise ValueError(f"value_heads={heads} is no multiple of heads={groups}. Use {near}.")
-        key = config.key_dim or max(1, 3 * layers.split_heads(width, groups) // 4)
+        key = config.key_dim or max(1, 3 * checks.split_heads(width, groups) // 4)
         value = config.value_dim or 2 * key
         super().__init__(width, heads, key, value, config.conv, rngs, key_heads=groups)
-        self.beta = layers.inward(rngs, width, (heads,), ("heads",))
+        self.beta = weights.inward(rngs, width, (heads,), ("heads",))
         self.decay = delta.Decay(width, heads, rngs)
-        self.z = layers.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.z = weights.inward(rngs, width, (heads, value), ("heads", "value"))
 
     def __call__(self, x, *, segments=None, state=None):
         (q_BTGK, k_BTGK, v_BTHV), tails, s_BHKV = self.read(x, segments, state)
-        beta_BTH = layers.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
+        beta_BTH = weights.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
         o_BTHV, s_BHKV = delta_rule(
             q_BTGK,
             k_BTGK,
@@ -58,5 +58,5 @@ class Mixer(delta.DeltaMixer):
             segments=segments,
             initial_state=s_BHKV,
         )
-        z_BTHV = layers.project("btd,dhv->bthv", x, self.z)
+        z_BTHV = weights.project("btd,dhv->bthv", x, self.z)
         return self.write(o_BTHV, jax.nn.silu(z_BTHV)), tails | {"s": s_BHKV}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.delta_rule import dplr
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import delta
 
 
@@ -36,14 +36,14 @@ class Mixer(delta.ChannelMixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         super().__init__(config, width, rngs)
         heads, key, value = self.state_shape
-        self.erase = layers.inward(rngs, width, (heads, key), ("heads", "key"))
-        self.strength = layers.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.erase = weights.inward(rngs, width, (heads, key), ("heads", "key"))
+        self.strength = weights.inward(rngs, width, (heads, value), ("heads", "value"))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         (q_BTHK, k_BTHK, v_BTHV), tails, s_BHKV = self.read(x, segments, state, dtype)
-        erase_BTHK = layers.project("btd,dhk->bthk", x, self.erase).astype(dtype)
-        strength_BTHV = layers.project("btd,dhv->bthv", x, self.strength)
+        erase_BTHK = weights.project("btd,dhk->bthk", x, self.erase).astype(dtype)
+        strength_BTHV = weights.project("btd,dhv->bthv", x, self.strength)
         log_decay_BTHK = self.decay(x)
         # dplr's a reads the state before its decay, the erasure reads it after.
         o_BTHV, s_BHKV = dplr(

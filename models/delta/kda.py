@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from kernels.delta_rule import delta_rule
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import delta
 
 
@@ -33,11 +33,11 @@ class Mixer(delta.ChannelMixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         super().__init__(config, width, rngs)
-        self.beta = layers.inward(rngs, width, (config.heads,), ("heads",))
+        self.beta = weights.inward(rngs, width, (config.heads,), ("heads",))
 
     def __call__(self, x, *, segments=None, state=None):
         (q_BTHK, k_BTHK, v_BTHV), tails, s_BHKV = self.read(x, segments, state)
-        beta_BTH = layers.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
+        beta_BTH = weights.project("btd,dh->bth", x, self.beta).astype(mixer.wide(x.dtype))
         o_BTHV, s_BHKV = delta_rule(
             q_BTHK,
             k_BTHK,

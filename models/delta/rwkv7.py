@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.delta_rule import dplr
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import rwkv
 
 FASTEST = 0.6065306597  # exp(-1/2): -log of the fastest decay
@@ -45,16 +45,16 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, depth, dims = config.heads, config.depth, ("heads", "key")
-        shape = (heads, config.head_dim or layers.split_heads(width, heads))
+        shape = (heads, config.head_dim or checks.split_heads(width, heads))
         rwkv.check_depth(depth)
         shallow = 1 - depth
         powers = tuple(p * shallow for p in (0.2, 0.7, 0.7, 0.9, 0.9, 0.2))  # r k v w a g
         self.mix = rwkv.mix(rngs, width, powers)
-        draw = lambda gain: layers.weight(
-            rngs, layers.fan_in(width, gain=gain), (width, *shape), ("embed", *dims)
+        draw = lambda gain: weights.weight(
+            rngs, weights.fan_in(width, gain=gain), (width, *shape), ("embed", *dims)
         )
         self.r, self.k, self.v = draw(1.0), draw(0.1), draw(1.0)
-        small = layers.normal(0.1 / max(shape) ** 0.5)
+        small = weights.normal(0.1 / max(shape) ** 0.5)
         decay_rank = config.decay_rank or _rank(2.5, width)
         rate_rank = config.rate_rank or _rank(2.5, width)
         gate_rank = config.gate_rank or _rank(5.0, width)
@@ -68,17 +68,17 @@ class Mixer(mixer.Mixer):
         self.gate = layers.LowRank(
             *(width, gate_rank, shape, dims, rngs),
             activation=jax.nn.sigmoid,
-            init=layers.fan_in(gate_rank),
+            init=weights.fan_in(gate_rank),
             bias=None,
         )
-        self.removal = layers.weight(
+        self.removal = weights.weight(
             rngs, lambda key, shape: 0.76 - 0.1 * rwkv.channels(shape), shape, dims
         )
-        self.rate_in_key = layers.filled(rngs, 1.02, shape, dims)
-        self.bonus = layers.filled(rngs, -0.04, shape, dims)
-        self.norm = layers.filled(rngs, max(depth, 0.04) ** 0.7, shape, dims)
-        self.norm_bias = layers.filled(rngs, 0.0, shape, dims)
-        self.o = layers.outward(rngs, shape, width, dims)
+        self.rate_in_key = weights.filled(rngs, 1.02, shape, dims)
+        self.bonus = weights.filled(rngs, -0.04, shape, dims)
+        self.norm = weights.filled(rngs, max(depth, 0.04) ** 0.7, shape, dims)
+        self.norm_bias = weights.filled(rngs, 0.0, shape, dims)
+        self.o = weights.outward(rngs, shape, width, dims)
         self.state_shape = (*shape, shape[1])
 
     def __call__(self, x, *, segments=None, state=None):
@@ -88,9 +88,9 @@ class Mixer(mixer.Mixer):
         r_BTD, k_BTD, v_BTD, w_BTD, a_BTD, g_BTD = (
             (x + (before_BTD - x) * mix_D).astype(x.dtype) for mix_D in self.mix[...]
         )
-        r_BTHK = layers.project("btd,dhk->bthk", r_BTD, self.r).astype(dtype)
-        k_BTHK = layers.project("btd,dhk->bthk", k_BTD, self.k).astype(dtype)
-        v_BTHK = layers.project("btd,dhk->bthk", v_BTD, self.v)
+        r_BTHK = weights.project("btd,dhk->bthk", r_BTD, self.r).astype(dtype)
+        k_BTHK = weights.project("btd,dhk->bthk", k_BTD, self.k).astype(dtype)
+        v_BTHK = weights.project("btd,dhk->bthk", v_BTD, self.v)
         a_BTHK = jax.nn.sigmoid(self.rate(a_BTD))
         kappa_BTHK = layers.l2_norm(k_BTHK * self.removal[...])
         k_BTHK = k_BTHK * (1 + (a_BTHK - 1) * self.rate_in_key[...])
@@ -108,7 +108,7 @@ class Mixer(mixer.Mixer):
         o_BTHK = layers.layer_norm(o_BTHK, self.norm[...], self.norm_bias[...], rwkv.NORM_EPS)
         own_BTH1 = jnp.sum(r_BTHK * k_BTHK * self.bonus[...], axis=-1, keepdims=True)
         o_BTHK = (o_BTHK + own_BTH1.astype(x.dtype) * v_BTHK) * self.gate(g_BTD).astype(x.dtype)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The token before (B, 1, D) and the matrix state (B, H, K, V), all zero."""
@@ -129,7 +129,7 @@ def _zigzag(shape):
     return jnp.broadcast_to(place * jnp.abs(place), shape)
 
 
-def _speed(depth: float) -> layers.Initializer:
+def _speed(depth: float) -> weights.Initializer:
     """What the decay's sigmoid sees at the start: slow channels first, fast ones last."""
 
     def init(key, shape):

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 MOST = 32.0  # of a token's log weight: sums of exp stay within float32
 
@@ -41,19 +41,19 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         slots = config.slots or dim
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1. Use 1.")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
-        self.control = layers.inward(rngs, width, (heads, slots), ("heads", "state"))
-        self.norm = layers.filled(rngs, 1.0, (dim,), ("key",))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.control = weights.inward(rngs, width, (heads, slots), ("heads", "state"))
+        self.norm = weights.filled(rngs, 1.0, (dim,), ("key",))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"k": None, "v": None, "z": None}
-        q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(layers.project("btd,dphk->btphk", x, self.qkv), 2, 0)
-        control_BTHM = layers.project("btd,dhm->bthm", x, self.control).astype(mixer.wide(x.dtype))
+        q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(weights.project("btd,dphk->btphk", x, self.qkv), 2, 0)
+        control_BTHM = weights.project("btd,dhm->bthm", x, self.control).astype(mixer.wide(x.dtype))
         weight_BTHM = jnp.exp(jnp.clip(control_BTHM, -MOST, MOST))
         flat_BTC = weight_BTHM.reshape(*x.shape[:2], -1)
         total_BTC, z_BC = linear_scan(
@@ -69,7 +69,7 @@ class Mixer(mixer.Mixer):
         where = {"segments": segments, "initial_state": state["v"], "scale": 1.0}
         o_BTHK, values = gated_linear(read_BTHM, weight_BTHM, v_BTHK, stays_H, **where)
         o_BTHK = layers.rms_norm(o_BTHK, self.norm[...])
-        y = layers.project("bthk,hkd->btd", o_BTHK, self.o)
+        y = weights.project("bthk,hkd->btd", o_BTHK, self.o)
         return y, {"k": keys, "v": values, "z": z_BC}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import features
 
 NO_STATE = (
@@ -52,15 +52,15 @@ class Mixer(mixer.Mixer):
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
         key, value = features.head_dims(width, heads, config.key_dim, config.value_dim)
-        self.qk = layers.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
-        self.v = layers.inward(rngs, width, (heads, value), ("heads", "value"))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.qk = weights.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
+        self.v = weights.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.state_shape = (heads, key, value)
 
     def _maps(self, x):
         """softmax(q) and k in float32, v in x's dtype."""
-        qk_BTPHK = layers.project("btd,dphk->btphk", x, self.qk).astype(mixer.wide(x.dtype))
-        v_BTHV = layers.project("btd,dhv->bthv", x, self.v)
+        qk_BTPHK = weights.project("btd,dphk->btphk", x, self.qk).astype(mixer.wide(x.dtype))
+        v_BTHV = weights.project("btd,dhv->bthv", x, self.v)
         return jax.nn.softmax(qk_BTPHK[:, :, 0], axis=-1), qk_BTPHK[:, :, 1], v_BTHV
 
     def __call__(self, x, *, segments=None, state=None):
@@ -78,7 +78,7 @@ class Mixer(mixer.Mixer):
             initial_state=old["s"],
             scale=1.0,
         )
-        y = layers.project("bthv,hvd->btd", o_BTHV, self.o)
+        y = weights.project("bthv,hvd->btd", o_BTHV, self.o)
         return y, {"s": s_BHKV, "z": z_BHK, "max": top}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
@@ -118,7 +118,7 @@ class Encoder(Mixer):
             scale=1.0,
         )
         o_BTHV = o_BTHV + after_BTHV[:, ::-1]
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), ()
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """ValueError: there is none."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -36,36 +36,36 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        value = config.value_dim or layers.split_heads(width, heads)
+        value = config.value_dim or checks.split_heads(width, heads)
         key = config.key_dim or max(1, value // 2)
         if config.gate_rank < 1:
             raise ValueError(f"gate_rank={config.gate_rank} must be at least 1; the paper uses 16.")
         if config.gate_temperature <= 0:
             raise ValueError(f"gate_temperature={config.gate_temperature} must be > 0; usual: 16.")
-        init = layers.fan_in(width)
+        init = weights.fan_in(width)
         rank = config.gate_rank
-        self.qk = layers.weight(
+        self.qk = weights.weight(
             rngs, init, (width, 2, heads, key), ("embed", "parts", "heads", "key")
         )
-        self.vr = layers.weight(
+        self.vr = weights.weight(
             rngs, init, (width, 2, heads, value), ("embed", "parts", "heads", "value")
         )
-        self.gate_in = layers.weight(rngs, init, (width, rank), ("embed", "rank"))
-        self.gate_out = layers.weight(
-            rngs, layers.fan_in(rank), (rank, heads, key), ("rank", "heads", "key")
+        self.gate_in = weights.weight(rngs, init, (width, rank), ("embed", "rank"))
+        self.gate_out = weights.weight(
+            rngs, weights.fan_in(rank), (rank, heads, key), ("rank", "heads", "key")
         )
-        self.gate_bias = layers.weight(rngs, layers.constant(0.0), (heads, key), ("heads", "key"))
-        self.norm = layers.weight(rngs, layers.constant(1.0), (value,), ("value",))
-        out = layers.fan_in(heads, value)
-        self.o = layers.weight(rngs, out, (heads, value, width), ("heads", "value", "embed"))
+        self.gate_bias = weights.weight(rngs, weights.constant(0.0), (heads, key), ("heads", "key"))
+        self.norm = weights.weight(rngs, weights.constant(1.0), (value,), ("value",))
+        out = weights.fan_in(heads, value)
+        self.o = weights.weight(rngs, out, (heads, value, width), ("heads", "value", "embed"))
         self.state_shape = (heads, key, value)
         self.temperature = config.gate_temperature
 
     def __call__(self, x, *, segments=None, state=None):
-        qk_BTPHK = layers.project("btd,dphk->btphk", x, self.qk)
-        vr_BTPHV = layers.project("btd,dphv->btphv", x, self.vr)
-        gate_BTR = layers.project("btd,dr->btr", x, self.gate_in)
-        gate_BTHK = layers.project("btr,rhk->bthk", gate_BTR, self.gate_out)
+        qk_BTPHK = weights.project("btd,dphk->btphk", x, self.qk)
+        vr_BTPHV = weights.project("btd,dphv->btphv", x, self.vr)
+        gate_BTR = weights.project("btd,dr->btr", x, self.gate_in)
+        gate_BTHK = weights.project("btr,rhk->bthk", gate_BTR, self.gate_out)
         gate_BTHK = gate_BTHK.astype(mixer.wide(x.dtype)) + self.gate_bias[...]
         o_BTHV, s_BHKV = gated_linear(
             qk_BTPHK[:, :, 0],
@@ -76,7 +76,7 @@ class Mixer(mixer.Mixer):
             initial_state=state,
         )
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...]) * jax.nn.silu(vr_BTPHV[:, :, 1])
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, H, K, V)."""

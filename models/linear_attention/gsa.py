@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -38,24 +38,24 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         slots = config.slots or dim
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1; the paper uses 64. Use 1.")
         if config.gate_temperature <= 0:
             raise ValueError(f"gate_temperature={config.gate_temperature} must be > 0. Use 8.")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
-        self.gate = layers.inward(rngs, width, (heads, slots), ("heads", "state"))
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.gate = weights.inward(rngs, width, (heads, slots), ("heads", "state"))
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.temperature = config.gate_temperature
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"k": None, "v": None}
         q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(
-            jax.nn.silu(layers.project("btd,dphk->btphk", x, self.qkv)), 2, 0
+            jax.nn.silu(weights.project("btd,dphk->btphk", x, self.qkv)), 2, 0
         )
-        gate_BTHM = layers.project("btd,dhm->bthm", x, self.gate).astype(mixer.wide(x.dtype))
+        gate_BTHM = weights.project("btd,dhm->bthm", x, self.gate).astype(mixer.wide(x.dtype))
         log_decay_BTHM = jax.nn.log_sigmoid(gate_BTHM) / self.temperature
         write_BTHM = -jnp.expm1(log_decay_BTHM)
         by_slot = (*x.shape[:2], -1)
@@ -79,7 +79,7 @@ class Mixer(mixer.Mixer):
         )
         flat_BTD = jax.nn.silu(o_BTHK).reshape(*x.shape[:2], -1)
         o_BTHK = layers.rms_norm(flat_BTD, self.norm[...].reshape(-1)).reshape(o_BTHK.shape)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), {"k": keys, "v": values}
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), {"k": keys, "v": values}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Keys by slot (B, H M, K, 1) and values by slot (B, H, M, K), all zero."""

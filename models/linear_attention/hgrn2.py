@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -39,25 +39,25 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, bound = config.heads, config.lower_bound
-        value = layers.split_heads(width, heads)
+        value = checks.split_heads(width, heads)
         key = config.key_dim or value
         if not 0 <= bound < 1:
             near = 0.0 if bound < 0 else 0.99
             raise ValueError(f"lower_bound={bound} is outside [0, 1). Use {near}.")
-        self.qf = layers.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
-        self.i = layers.inward(rngs, width, (heads, value), ("heads", "value"))
-        self.norm = layers.filled(rngs, 1.0, (heads, value), ("heads", "value"))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.qf = weights.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
+        self.i = weights.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.norm = weights.filled(rngs, 1.0, (heads, value), ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.lower_bound = bound
         self.state_shape = (heads, key, value)
 
     def __call__(self, x, *, segments=None, state=None):
-        qf_BTPHK = layers.project("btd,dphk->btphk", x, self.qf)
+        qf_BTPHK = weights.project("btd,dphk->btphk", x, self.qf)
         k_BTHK, log_decay_BTHK = self._gate(qf_BTPHK[:, :, 1].astype(mixer.wide(x.dtype)))
         o_BTHV, s_BHKV = gated_linear(
             jax.nn.silu(qf_BTPHK[:, :, 0]),
             k_BTHK.astype(x.dtype),
-            layers.project("btd,dhv->bthv", x, self.i),
+            weights.project("btd,dhv->bthv", x, self.i),
             log_decay_BTHK,
             segments=segments,
             initial_state=state,
@@ -65,7 +65,7 @@ class Mixer(mixer.Mixer):
         )
         flat_BTD = o_BTHV.reshape(*x.shape[:2], -1)
         o_BTHV = layers.rms_norm(flat_BTD, self.norm[...].reshape(-1)).reshape(o_BTHV.shape)
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
 
     def _gate(self, f_BTHK):
         """1 - f and log f of f = lower_bound + (1 - lower_bound) sigmoid(f_BTHK)."""

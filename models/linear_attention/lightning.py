@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import features
 
 
@@ -46,16 +46,16 @@ class Mixer(mixer.Mixer):
         key, value = features.head_dims(width, heads, config.key_dim, config.value_dim)
         if config.slope < 0:
             raise ValueError(f"slope={config.slope} is negative: heads would grow. Use 0 or more.")
-        self.qk = layers.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
-        self.vg = layers.inward(rngs, width, (2, heads, value), ("parts", "heads", "value"))
-        self.norm = layers.filled(rngs, 1.0, (heads, value), ("heads", "value"))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.qk = weights.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
+        self.vg = weights.inward(rngs, width, (2, heads, value), ("parts", "heads", "value"))
+        self.norm = weights.filled(rngs, 1.0, (heads, value), ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.state_shape = (heads, key, value)
         self.slope = config.slope
 
     def __call__(self, x, *, segments=None, state=None):
-        qk_BTPHK = jax.nn.silu(layers.project("btd,dphk->btphk", x, self.qk))
-        vg_BTPHV = layers.project("btd,dphv->btphv", x, self.vg)
+        qk_BTPHK = jax.nn.silu(weights.project("btd,dphk->btphk", x, self.qk))
+        vg_BTPHV = weights.project("btd,dphv->btphv", x, self.vg)
         rate_H = jnp.asarray(self.slope * slopes(self.state_shape[0]), mixer.wide(x.dtype))
         o_BTHV, s_BHKV = gated_linear(
             qk_BTPHK[:, :, 0],
@@ -69,7 +69,7 @@ class Mixer(mixer.Mixer):
         flat = o_BTHV.reshape(*o_BTHV.shape[:2], -1)
         o_BTHV = layers.rms_norm(flat, self.norm[...].reshape(-1)).reshape(o_BTHV.shape)
         o_BTHV = o_BTHV * jax.nn.sigmoid(vg_BTPHV[:, :, 1])
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), s_BHKV
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, H, K, V)."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import chunks
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 
 CHUNK = 128  # longer than elsewhere: training keeps every level once a chunk
 
@@ -45,36 +45,38 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         inner, dim, state = config.expand * width, config.head_dim, config.state
-        heads = layers.split_heads(inner, dim, "head_dim", "expand * width =")
+        heads = checks.split_heads(inner, dim, "head_dim", "expand * width =")
         if config.levels < 2:
             raise ValueError(f"levels={config.levels} must be at least 2; 1 is Mamba-2. Use 16.")
         dims = ("heads", "value")
-        self.zx = layers.inward(rngs, width, (2, heads, dim), ("parts", *dims))
-        self.bc = layers.inward(rngs, width, (2, state), ("parts", "state"))
-        self.dt = layers.inward(rngs, width, (heads,), ("heads",))
-        self.level = layers.inward(rngs, width, (heads, config.levels), ("heads", "parts"))
-        self.level_scale = layers.filled(rngs, 1.0, (heads, config.levels), ("heads", "parts"))
+        self.zx = weights.inward(rngs, width, (2, heads, dim), ("parts", *dims))
+        self.bc = weights.inward(rngs, width, (2, state), ("parts", "state"))
+        self.dt = weights.inward(rngs, width, (heads,), ("heads",))
+        self.level = weights.inward(rngs, width, (heads, config.levels), ("heads", "parts"))
+        self.level_scale = weights.filled(rngs, 1.0, (heads, config.levels), ("heads", "parts"))
         conv: dict[str, Any] = dict(width=config.conv, activation="silu")
         self.x_conv = layers.ShortConv((heads, dim), dims, rngs, **conv)
         self.bc_conv = layers.ShortConv((2, state), ("parts", "state"), rngs, **conv)
-        self.dt_bias = layers.weight(rngs, layers.inverse_softplus(1e-3, 0.1), (heads,), ("heads",))
-        self.log_a = layers.weight(rngs, layers.log_uniform(1.0, 16.0), (heads,), ("heads",))
-        self.skip = layers.filled(rngs, 1.0, (heads,), ("heads",))
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), dims)
-        self.o = layers.outward(rngs, (heads, dim), width, dims)
+        self.dt_bias = weights.weight(
+            rngs, weights.inverse_softplus(1e-3, 0.1), (heads,), ("heads",)
+        )
+        self.log_a = weights.weight(rngs, weights.log_uniform(1.0, 16.0), (heads,), ("heads",))
+        self.skip = weights.filled(rngs, 1.0, (heads,), ("heads",))
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), dims)
+        self.o = weights.outward(rngs, (heads, dim), width, dims)
         self.state_shape = (heads, state, dim)
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         dtype = mixer.wide(x.dtype)
-        zx_BTPHV = layers.project("btd,dphv->btphv", x, self.zx)
+        zx_BTPHV = weights.project("btd,dphv->btphv", x, self.zx)
         u_BTHV, x_tail = self.x_conv(zx_BTPHV[:, :, 1], segments=segments, state=state["x"])
         bc_BTPK, bc_tail = self.bc_conv(
-            layers.project("btd,dpk->btpk", x, self.bc), segments=segments, state=state["bc"]
+            weights.project("btd,dpk->btpk", x, self.bc), segments=segments, state=state["bc"]
         )
-        dt_BTH = layers.project("btd,dh->bth", x, self.dt).astype(dtype)
+        dt_BTH = weights.project("btd,dh->bth", x, self.dt).astype(dtype)
         dt_BTH = jax.nn.softplus(dt_BTH + self.dt_bias[...])
-        level_BTHL = layers.project("btd,dhl->bthl", x, self.level).astype(dtype)
+        level_BTHL = weights.project("btd,dhl->bthl", x, self.level).astype(dtype)
         y_BTHV, s_BLHKV, length_B = log_linear(
             bc_BTPK[:, :, 1],
             bc_BTPK[:, :, 0],
@@ -89,7 +91,7 @@ class Mixer(mixer.Mixer):
         y_BTHV = y_BTHV * jax.nn.silu(zx_BTPHV[:, :, 0])
         flat_BTC = y_BTHV.reshape(*x.shape[:2], -1)
         flat_BTC = layers.rms_norm(flat_BTC, self.norm[...].reshape(-1), eps=1e-5)
-        y = layers.project("bthv,hvd->btd", flat_BTC.reshape(y_BTHV.shape), self.o)
+        y = weights.project("bthv,hvd->btd", flat_BTC.reshape(y_BTHV.shape), self.o)
         return y, {"x": x_tail, "bc": bc_tail, "s": s_BLHKV, "length": length_B}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

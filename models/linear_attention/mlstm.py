@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 FAR = -1e30  # stands for log 0
 
@@ -46,28 +46,28 @@ class Mixer(mixer.Mixer):
         if config.expand < 1:
             raise ValueError(f"expand={config.expand} must be at least 1; the paper uses 2.")
         inner, heads, block = config.expand * width, config.heads, config.block
-        dim = layers.split_heads(inner, heads)
-        blocks = layers.split_heads(inner, block, "block")
+        dim = checks.split_heads(inner, heads)
+        blocks = checks.split_heads(inner, block, "block")
         square: Any = (blocks, block, block), ("heads", "key", "value")
-        self.up = layers.inward(rngs, width, (2, inner), ("parts", "channels"))
+        self.up = weights.inward(rngs, width, (2, inner), ("parts", "channels"))
         self.conv = layers.ShortConv((inner,), ("channels",), rngs, width=config.conv)
         self.q, self.k, self.v = (
-            layers.weight(rngs, layers.fan_in(block), *square) for _ in range(3)
+            weights.weight(rngs, weights.fan_in(block), *square) for _ in range(3)
         )
-        self.gates = layers.filled(
+        self.gates = weights.filled(
             rngs, 0.0, (2, heads, 3, heads, dim), ("parts", "heads", "parts", "groups", "key")
         )
-        self.input_bias = layers.weight(rngs, layers.normal(0.1), (heads,), ("heads",))
-        self.forget_bias = layers.weight(
+        self.input_bias = weights.weight(rngs, weights.normal(0.1), (heads,), ("heads",))
+        self.forget_bias = weights.weight(
             rngs, lambda key, shape: jnp.linspace(3.0, 6.0, shape[0]), (heads,), ("heads",)
         )
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
-        self.skip = layers.filled(rngs, 1.0, (inner,), ("channels",))
-        self.down = layers.outward(rngs, (inner,), width, ("channels",))
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
+        self.skip = weights.filled(rngs, 1.0, (inner,), ("channels",))
+        self.down = weights.outward(rngs, (inner,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"conv": None, "c": None, "m": None}
-        up_BTPC = layers.project("btd,dpc->btpc", x, self.up)
+        up_BTPC = weights.project("btd,dpc->btpc", x, self.up)
         u_BTC, tail = self.conv(up_BTPC[:, :, 0], segments=segments, state=state["conv"])
         u_BTC = jax.nn.silu(u_BTC)
         q_BTHK, k_BTHK = self._heads(u_BTC, self.q), self._heads(u_BTC, self.k)
@@ -92,20 +92,20 @@ class Mixer(mixer.Mixer):
         h_BTHK = layers.layer_norm(h_BTHK.astype(x.dtype), self.norm[...])
         h_BTC = h_BTHK.reshape(u_BTC.shape) + (u_BTC * self.skip[...]).astype(x.dtype)
         h_BTC = h_BTC * jax.nn.silu(up_BTPC[:, :, 1])
-        y = layers.project("btc,cd->btd", h_BTC, self.down)
+        y = weights.project("btc,cd->btd", h_BTC, self.down)
         return y, {"conv": tail, "c": c_BHKV, "m": m_BTH[:, -1]}
 
     def _heads(self, x_BTC, blocks):
         """x through the block-diagonal map, by heads."""
         x_BTHK = x_BTC.reshape(*x_BTC.shape[:2], *blocks.shape[:2])
-        return layers.project("btnk,nkj->btnj", x_BTHK, blocks).reshape(
+        return weights.project("btnk,nkj->btnj", x_BTHK, blocks).reshape(
             *x_BTC.shape[:2], *self.norm.shape
         )
 
     def _log_gates(self, *qkv):
         """Logs of the input and forget gates, which see q, k and v of all heads."""
         qkv_BTPHK = jnp.stack(qkv, axis=2)
-        gates_BTGH = layers.project("btpjk,ghpjk->btgh", qkv_BTPHK, self.gates)
+        gates_BTGH = weights.project("btpjk,ghpjk->btgh", qkv_BTPHK, self.gates)
         gates_BTGH = gates_BTGH.astype(mixer.wide(qkv_BTPHK.dtype))
         log_input_BTH = gates_BTGH[:, :, 0] + self.input_bias[...]
         return log_input_BTH, jax.nn.log_sigmoid(gates_BTGH[:, :, 1] + self.forget_bias[...])

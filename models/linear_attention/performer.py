@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import features
 
 FLOOR = 1e-6  # keeps a sum of weights above 0 where every product of features underflows
@@ -52,7 +52,7 @@ class Mixer(features.FeatureMixer):
         rows = lambda key: config.features or max(key, round(key * math.log(key)))
         super().__init__(config, width, rngs, rows)
         shape = (self.state_shape[1], self.qk.shape[-1])
-        self.directions = layers.weight(rngs, _orthogonal, shape, ("state", "key"))
+        self.directions = weights.weight(rngs, _orthogonal, shape, ("state", "key"))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"s": None, "max": None}

@@ -11,7 +11,7 @@ import dataclasses
 
 from flax import nnx
 
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import features
 
 LEAST = 1e-5
@@ -39,8 +39,8 @@ class Mixer(features.FeatureMixer):
         if key < 2:
             raise ValueError(f"key_dim={key} must be at least 2 to be normed; the paper uses 16.")
         super().__init__(config, width, rngs, rows=lambda key: key * (key + 1) // 2)
-        self.gamma = layers.filled(rngs, 1.0, (2, key), ("parts", "key"))
-        self.beta = layers.filled(rngs, 0.0, (2, key), ("parts", "key"))
+        self.gamma = weights.filled(rngs, 1.0, (2, key), ("parts", "key"))
+        self.beta = weights.filled(rngs, 0.0, (2, key), ("parts", "key"))
 
     def __call__(self, x, *, segments=None, state=None):
         qk_BTPHK = self.queries_keys(x).astype(mixer.wide(x.dtype))

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import features
 
 GAIN_IN, GAIN_OUT = 2**-2.5, 0.5
@@ -50,26 +50,26 @@ class Mixer(mixer.Mixer):
         if config.rope_base < 0:
             raise ValueError(f"rope_base={config.rope_base} is negative. Use 0 (none) or 10000.")
         if config.rope_base:
-            layers.check_pairs(key, "key_dim")
+            checks.pairs(key, "key_dim")
 
         def inward(size, *dims):
             out = heads * size  # Xavier's variance is gain^2 * 2 / (in + out)
-            init = layers.fan_in(width + out, gain=GAIN_IN * 2**0.5)
+            init = weights.fan_in(width + out, gain=GAIN_IN * 2**0.5)
             parts = (width, 2, heads, size)
-            return layers.weight(rngs, init, parts, ("embed", "parts", "heads", *dims))
+            return weights.weight(rngs, init, parts, ("embed", "parts", "heads", *dims))
 
         self.qk, self.vg = inward(key, "key"), inward(value, "value")
-        out = layers.fan_in(heads * value + width, gain=GAIN_OUT * 2**0.5)
-        self.o = layers.weight(rngs, out, (heads, value, width), ("heads", "value", "embed"))
-        self.norm = layers.filled(rngs, 1.0, (heads, value), ("heads", "value"))
+        out = weights.fan_in(heads * value + width, gain=GAIN_OUT * 2**0.5)
+        self.o = weights.weight(rngs, out, (heads, value, width), ("heads", "value", "embed"))
+        self.norm = weights.filled(rngs, 1.0, (heads, value), ("heads", "value"))
         self.state_shape = (heads, key, value)
         self.rope_base = config.rope_base
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"s": None, "length": jnp.zeros(x.shape[0], jnp.int32)}
         places_BT, length = cache.document_positions(state["length"], segments, x.shape[1])
-        qk_BTPHK = layers.project("btd,dphk->btphk", x, self.qk)
-        vg_BTPHV = layers.project("btd,dphv->btphv", x, self.vg)
+        qk_BTPHK = weights.project("btd,dphk->btphk", x, self.qk)
+        vg_BTPHV = weights.project("btd,dphv->btphv", x, self.vg)
         q_BTHK, k_BTHK = qk_BTPHK[:, :, 0], qk_BTPHK[:, :, 1]
         if self.rope_base:
             q_BTHK = layers.rotary(q_BTHK, places_BT, self.rope_base)
@@ -84,7 +84,7 @@ class Mixer(mixer.Mixer):
         )
         o_BTHV = layers.layer_norm(o_BTHV, self.norm[...], eps=EPS)
         o_BTHV = o_BTHV * jax.nn.silu(vg_BTPHV[:, :, 1])
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), {"s": s_BHKV, "length": length}
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), {"s": s_BHKV, "length": length}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The matrix state (B, H, K, V), and the tokens of the document so far."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import features
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -50,17 +50,17 @@ class Mixer(features.FeatureMixer):
             raise ValueError(f"directions={count} must be at least 1; the paper uses 64.")
         super().__init__(config, width, rngs, rows=lambda key: 2 * count)
         heads, key = self.qk.shape[-2:]
-        self.gate = layers.inward(rngs, width, (heads,), ("heads",))
-        self.gate_bias = layers.filled(rngs, 0.0, (heads,), ("heads",))
-        self.sigma = layers.filled(rngs, 1.0, (heads, key), ("heads", "key"))
+        self.gate = weights.inward(rngs, width, (heads,), ("heads",))
+        self.gate_bias = weights.filled(rngs, 0.0, (heads,), ("heads",))
+        self.sigma = weights.filled(rngs, 1.0, (heads, key), ("heads", "key"))
         init = jax.nn.initializers.normal(1.0)
-        self.directions = layers.weight(rngs, init, (heads, count, key), ("heads", "state", "key"))
+        self.directions = weights.weight(rngs, init, (heads, count, key), ("heads", "state", "key"))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"s": None, "mass": None}
         dtype = mixer.wide(x.dtype)
         f_BTPHF = self._map(layers.l2_norm(self.queries_keys(x).astype(dtype)))
-        gate_BTH = layers.project("btd,dh->bth", x, self.gate).astype(dtype) + self.gate_bias[...]
+        gate_BTH = weights.project("btd,dh->bth", x, self.gate).astype(dtype) + self.gate_bias[...]
         keep_BTH, write_BTH = jax.nn.log_sigmoid(gate_BTH), jax.nn.sigmoid(-gate_BTH)
         mass_BTH, mass_BH = linear_scan(
             write_BTH, keep_BTH, segments=segments, initial_state=state["mass"]

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import rwkv
 
 
@@ -39,29 +39,29 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, depth = config.heads, config.depth
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         rwkv.check_depth(depth)
         shallow = 1 - depth
         powers = (0.5 * shallow, shallow, shallow, 0.5 * shallow)
         self.mix = rwkv.mix(rngs, width, powers, (0.0, 0.0, 0.3 * depth, 0.0))
-        self.rkvg = layers.weight(
+        self.rkvg = weights.weight(
             rngs,
-            layers.fan_in(width),
+            weights.fan_in(width),
             (4, width, heads, dim),
             ("parts", "embed", "heads", "key"),
         )
-        self.speed = layers.weight(rngs, rwkv.decay_speed(depth), (heads, dim), ("heads", "key"))
-        self.bonus = layers.weight(rngs, rwkv.bonus(depth), (heads, dim), ("heads", "key"))
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
-        self.norm_bias = layers.filled(rngs, 0.0, (heads, dim), ("heads", "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.speed = weights.weight(rngs, rwkv.decay_speed(depth), (heads, dim), ("heads", "key"))
+        self.bonus = weights.weight(rngs, rwkv.bonus(depth), (heads, dim), ("heads", "key"))
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), ("heads", "key"))
+        self.norm_bias = weights.filled(rngs, 0.0, (heads, dim), ("heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.state_shape = (heads, dim, dim)
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"x": None, "s": None}
         before_BTD, last = layers.token_shift(x, segments, state["x"])
         mixed_BTPD = x[:, :, None] + (before_BTD - x)[:, :, None] * self.mix[...]
-        rkvg_BTPHK = layers.project("btpd,pdhk->btphk", mixed_BTPD.astype(x.dtype), self.rkvg)
+        rkvg_BTPHK = weights.project("btpd,pdhk->btphk", mixed_BTPD.astype(x.dtype), self.rkvg)
         log_decay_HK = -jnp.exp(self.speed[...].astype(mixer.wide(x.dtype)))
         v_BTHK = rkvg_BTPHK[:, :, 2]
         o_BTHK, s_BHKV = gated_linear(
@@ -76,7 +76,7 @@ class Mixer(mixer.Mixer):
         )
         o_BTHK = layers.layer_norm(o_BTHK, self.norm[...], self.norm_bias[...], rwkv.NORM_EPS)
         o_BTHK = o_BTHK * jax.nn.silu(rkvg_BTPHK[:, :, 3])
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The token before (B, 1, D) and the matrix state (B, H, K, V), all zero."""

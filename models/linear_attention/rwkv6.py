@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import rwkv
 
 START = 1e-2  # scale of the low-rank maps' second factors
@@ -43,7 +43,7 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, depth, rank = config.heads, config.depth, config.mix_rank
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         rwkv.check_depth(depth)
         if rank < 1:
             raise ValueError(f"mix_rank={rank} must be at least 1; the paper uses 32.")
@@ -51,12 +51,12 @@ class Mixer(mixer.Mixer):
         self.first_mix = rwkv.mix(rngs, width, (shallow,))
         powers = (0.5 * shallow, shallow, shallow, 0.5 * shallow, shallow)
         self.mix = rwkv.mix(rngs, width, powers, (0.0, 0.0, 0.3 * depth, 0.0, 0.0))
-        self.mix_down = layers.inward(rngs, width, (5, rank), ("parts", "rank"))
-        self.mix_up = layers.weight(
-            rngs, layers.normal(START), (5, rank, width), ("parts", "rank", "embed")
+        self.mix_down = weights.inward(rngs, width, (5, rank), ("parts", "rank"))
+        self.mix_up = weights.weight(
+            rngs, weights.normal(START), (5, rank, width), ("parts", "rank", "embed")
         )
-        self.rkvg = layers.weight(
-            rngs, layers.fan_in(width), (4, width, heads, dim), ("parts", "embed", *dims)
+        self.rkvg = weights.weight(
+            rngs, weights.fan_in(width), (4, width, heads, dim), ("parts", "embed", *dims)
         )
         self.speed = layers.LowRank(
             width,
@@ -65,19 +65,19 @@ class Mixer(mixer.Mixer):
             dims,
             rngs,
             activation=jnp.tanh,
-            init=layers.normal(START),
+            init=weights.normal(START),
             bias=rwkv.decay_speed(depth),
         )
-        self.bonus = layers.weight(rngs, rwkv.bonus(depth), (heads, dim), dims)
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), dims)
-        self.norm_bias = layers.filled(rngs, 0.0, (heads, dim), dims)
-        self.o = layers.outward(rngs, (heads, dim), width, dims)
+        self.bonus = weights.weight(rngs, rwkv.bonus(depth), (heads, dim), dims)
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), dims)
+        self.norm_bias = weights.filled(rngs, 0.0, (heads, dim), dims)
+        self.o = weights.outward(rngs, (heads, dim), width, dims)
         self.state_shape = (heads, dim, dim)
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"x": None, "s": None}
         mixed_BTPD, last = self._mix(x, segments, state["x"])
-        rkvg_BTPHK = layers.project("btpd,pdhk->btphk", mixed_BTPD[:, :, :4], self.rkvg)
+        rkvg_BTPHK = weights.project("btpd,pdhk->btphk", mixed_BTPD[:, :, :4], self.rkvg)
         o_BTHK, s_BHKV = gated_linear(
             rkvg_BTPHK[:, :, 0],
             rkvg_BTPHK[:, :, 1],
@@ -90,15 +90,15 @@ class Mixer(mixer.Mixer):
         )
         o_BTHK = layers.layer_norm(o_BTHK, self.norm[...], self.norm_bias[...], rwkv.NORM_EPS)
         o_BTHK = o_BTHK * jax.nn.silu(rkvg_BTPHK[:, :, 3])
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), {"x": last, "s": s_BHKV}
 
     def _mix(self, x, segments, last):
         """ddlerp: x_t + (x_{t-1} - x_t) (mix + tanh(x' A) B), x' a mix too; r, k, v, g and w's."""
         before_BTD, last = layers.token_shift(x, segments, last)
         change_BTD = before_BTD - x
         first_BTD = (x + change_BTD * self.first_mix[0]).astype(x.dtype)
-        hidden_BTPR = jnp.tanh(layers.project("btd,dpr->btpr", first_BTD, self.mix_down))
-        mix_BTPD = layers.project("btpr,prd->btpd", hidden_BTPR, self.mix_up)
+        hidden_BTPR = jnp.tanh(weights.project("btd,dpr->btpr", first_BTD, self.mix_down))
+        mix_BTPD = weights.project("btpr,prd->btpd", hidden_BTPR, self.mix_up)
         mixed_BTPD = x[:, :, None] + change_BTD[:, :, None] * (mix_BTPD + self.mix[...])
         return mixed_BTPD.astype(x.dtype), last
 

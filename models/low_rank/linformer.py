@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import cache, layers, mixer
+from models import cache, checks, mixer, weights
 from models.parts import documents
 
 
@@ -41,27 +41,27 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, rank, length = config.heads, config.rank, config.length
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if length < 1:
             raise ValueError(f"length={length} must be at least 1 position; the paper uses 512.")
         if not 1 <= rank <= length:
             near = min(max(rank, 1), length)
             raise ValueError(f"rank={rank} is outside 1 to length={length}. Use {near}.")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
         # Variance 1 / length: a full document's mixtures have the scale of its keys.
-        self.mixes = layers.weight(
-            rngs, layers.fan_in(length), (2, length, rank), ("parts", "width", "rank")
+        self.mixes = weights.weight(
+            rngs, weights.fan_in(length), (2, length, rank), ("parts", "width", "rank")
         )
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
 
     def __call__(self, x, *, segments=None, state=None):
         if state is not None:
             raise documents.no_state("linformer")
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BTPHK[:, :, part] for part in range(3))
         read = self._whole_rows if segments is None else self._packed
         o_BTHK = read(q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK, segments)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), ()
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), ()
 
     def _whole_rows(self, q_BTHK, k_BTHK, v_BTHK, segments):
         """The paper's form: rank keys and values a row, formed once."""

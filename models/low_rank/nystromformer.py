@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.long_conv import long_conv
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import documents
 
 
@@ -47,7 +47,7 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, taps = config.heads, config.conv
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if config.landmarks < 1:
             raise ValueError(f"landmarks={config.landmarks} must be at least 1. Use 64.")
         if config.iterations < 1:
@@ -55,11 +55,11 @@ class Mixer(mixer.Mixer):
         if taps < 0 or taps and taps % 2 == 0:
             near = max(taps + 1, 1)
             raise ValueError(f"conv={taps} must be 0 (none) or odd and above. Use {near}.")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         bound = 1 / math.sqrt(max(taps, 1))
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        self.taps = layers.weight(rngs, init, (taps, heads), ("width", "heads")) if taps else None
+        self.taps = weights.weight(rngs, init, (taps, heads), ("width", "heads")) if taps else None
         self.read = functools.partial(
             _attend, landmarks=config.landmarks, iterations=config.iterations
         )
@@ -67,11 +67,11 @@ class Mixer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         if state is not None:
             raise documents.no_state("nystromformer")
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         o_BTHK = documents.each(self.read, (), qkv_BTPHK, segments)
         if self.taps is not None:
             o_BTHK += _convolve(qkv_BTPHK[:, :, 2], self.taps[...], segments)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), ()
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Raises ValueError: it reads the whole document."""

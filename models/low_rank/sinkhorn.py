@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import documents
 
 
@@ -46,7 +46,7 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, block = config.heads, config.block
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if block < 1:
             raise ValueError(f"block={block} must be at least 1 token; usual: 16 to 128.")
         if config.length < block or config.length % block:
@@ -59,13 +59,13 @@ class Mixer(mixer.Mixer):
         if config.temperature <= 0:
             raise ValueError(f"temperature={config.temperature} must be > 0; usual: 0.75.")
         blocks = config.length // block
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
-        sums = layers.fan_in(width, gain=block**-0.5)
-        self.place_in = layers.weight(rngs, sums, (width, width), ("embed", "rank"))
-        self.place_bias = layers.filled(rngs, 0.0, (width,), ("rank",))
-        self.sort = layers.weight(
-            rngs, layers.fan_in(width), (width, heads, blocks), ("rank", "heads", "state")
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", "heads", "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
+        sums = weights.fan_in(width, gain=block**-0.5)
+        self.place_in = weights.weight(rngs, sums, (width, width), ("embed", "rank"))
+        self.place_bias = weights.filled(rngs, 0.0, (width,), ("rank",))
+        self.sort = weights.weight(
+            rngs, weights.fan_in(width), (width, heads, blocks), ("rank", "heads", "state")
         )
         self.length = config.length
         self.read = functools.partial(
@@ -80,11 +80,11 @@ class Mixer(mixer.Mixer):
             raise documents.no_state("sinkhorn")
         if segments is None:
             documents.check_length(x.shape[1], self.length)
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         sorting = (self.place_in, self.place_bias, self.sort)
-        weights = tuple(weight[...].astype(mixer.wide(x.dtype)) for weight in sorting)
-        o_BTHK = documents.each(self.read, weights, (x, qkv_BTPHK), segments)
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), ()
+        sorters = tuple(weight[...].astype(mixer.wide(x.dtype)) for weight in sorting)
+        o_BTHK = documents.each(self.read, sorters, (x, qkv_BTPHK), segments)
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Raises ValueError: it reads the whole document."""

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import cache, layers, mixer
+from models import cache, checks, mixer, weights
 from models.parts import documents
 
 
@@ -47,24 +47,24 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, length = config.heads, config.length
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if length < 1:
             raise ValueError(f"length={length} must be at least 1 position; usual: 512.")
         if config.form not in ("dense", "random"):
             raise ValueError(f"form={config.form!r} is unknown. Use 'dense' or 'random'.")
-        self.v = layers.inward(rngs, width, (heads, dim), ("heads", "value"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "value"))
+        self.v = weights.inward(rngs, width, (heads, dim), ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "value"))
         self.is_random = config.form == "random"
         if config.form == "dense":
-            self.hidden = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
-            self.hidden_bias = layers.filled(rngs, 0.0, (heads, dim), ("heads", "key"))
-            self.score = layers.weight(
-                rngs, layers.fan_in(dim), (heads, dim, length), ("heads", "key", "state")
+            self.hidden = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
+            self.hidden_bias = weights.filled(rngs, 0.0, (heads, dim), ("heads", "key"))
+            self.score = weights.weight(
+                rngs, weights.fan_in(dim), (heads, dim, length), ("heads", "key", "state")
             )
-            self.score_bias = layers.filled(rngs, 0.0, (heads, length), ("heads", "state"))
+            self.score_bias = weights.filled(rngs, 0.0, (heads, length), ("heads", "state"))
         else:
-            self.table = layers.weight(
-                rngs, layers.normal(1.0), (heads, length, length), ("heads", "width", "state")
+            self.table = weights.weight(
+                rngs, weights.normal(1.0), (heads, length, length), ("heads", "width", "state")
             )
         self.length = length
 
@@ -74,7 +74,7 @@ class Mixer(mixer.Mixer):
         batch, count = x.shape[:2]
         if segments is None:
             documents.check_length(count, self.length)
-        v_BTHV = layers.project("btd,dhv->bthv", x, self.v)
+        v_BTHV = weights.project("btd,dhv->bthv", x, self.v)
         begun_B = jnp.zeros(batch, jnp.int32) if state is None else state["begun"]
         place_BT, begun_B = cache.document_positions(begun_B, segments, count)
         if not self.causal:
@@ -117,7 +117,7 @@ class Mixer(mixer.Mixer):
         seen_BTS = seen_BTS & (at_BTS >= 0) & (at_BTS < self.length)
         shares_BHTS = documents.softmax(scores_BHTS, seen_BTS[:, None]).astype(x.dtype)
         o_BTHV = jnp.einsum("bhts,bshv->bthv", shares_BHTS, v_BSHV.astype(x.dtype))
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o)
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o)
 
     def _scores(self, x, place_BT):
         """Every token's scores of all positions of its document."""
@@ -125,9 +125,9 @@ class Mixer(mixer.Mixer):
         if self.is_random:
             table_HTL = self.table[...].astype(dtype)
             return jnp.take(table_HTL, place_BT, axis=1, mode="clip").swapaxes(0, 1)
-        hidden_BTHK = layers.project("btd,dhk->bthk", x, self.hidden).astype(dtype)
+        hidden_BTHK = weights.project("btd,dhk->bthk", x, self.hidden).astype(dtype)
         hidden_BTHK = jax.nn.relu(hidden_BTHK + self.hidden_bias[...]).astype(x.dtype)
-        scores_BHTL = layers.project("bthk,hkl->bhtl", hidden_BTHK, self.score).astype(dtype)
+        scores_BHTL = weights.project("bthk,hkl->bhtl", hidden_BTHK, self.score).astype(dtype)
         return scores_BHTL + self.score_bias[...][:, None]
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

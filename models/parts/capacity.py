@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import segments as boundaries
-from models import cache, layers, mixer, reports
+from models import cache, mixer, reports, weights
 from models.parts import routing
 
 
@@ -44,7 +44,7 @@ class Mixer(mixer.Mixer):
         routing.check(config.experts, self.top_k)
         check(config.capacity_factor, config.least)
         hidden = routing.hidden_units(config.hidden, width, 4, 1)
-        self.router = layers.inward(rngs, width, (config.experts,), ("experts",))
+        self.router = weights.inward(rngs, width, (config.experts,), ("experts",))
         self.experts = routing.Experts(
             config.experts,
             width,

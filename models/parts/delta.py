@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 def check_sizes(heads: int, **sizes: int) -> None:
@@ -36,7 +36,7 @@ class Convolved(nnx.Module):
     def __init__(
         self, width: int, shape: tuple[int, ...], dims: tuple[str, ...], conv: int, rngs: nnx.Rngs
     ):
-        self.map = layers.inward(rngs, width, shape, dims)
+        self.map = weights.inward(rngs, width, shape, dims)
         self.conv = layers.ShortConv(shape, dims, rngs, width=conv, bias=False, activation="silu")
 
     def __call__(
@@ -44,7 +44,7 @@ class Convolved(nnx.Module):
     ) -> tuple[Float[Array, "B T ..."], Array]:
         """(B, T, *shape) and the tail that decoding carries."""
         letters = "phk"[-len(self.conv.shape) :]
-        y = layers.project(f"btd,d{letters}->bt{letters}", x, self.map)
+        y = weights.project(f"btd,d{letters}->bt{letters}", x, self.map)
         return self.conv(y, segments=segments, state=state)
 
     def init_state(self, batch: int, dtype: DTypeLike) -> Array:
@@ -56,13 +56,13 @@ class Decay(nnx.Module):
     """log alpha_t = -exp(A) softplus(x_t W + b), a number a head: Mamba-2's gate and its start."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.map = layers.inward(rngs, width, (heads,), ("heads",))
-        self.log_a = layers.weight(rngs, layers.log_uniform(1.0, 16.0), (heads,), ("heads",))
-        self.bias = layers.weight(rngs, layers.inverse_softplus(1e-3, 0.1), (heads,), ("heads",))
+        self.map = weights.inward(rngs, width, (heads,), ("heads",))
+        self.log_a = weights.weight(rngs, weights.log_uniform(1.0, 16.0), (heads,), ("heads",))
+        self.bias = weights.weight(rngs, weights.inverse_softplus(1e-3, 0.1), (heads,), ("heads",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """The log decays, wide."""
-        y_BTH = layers.project("btd,dh->bth", x, self.map).astype(mixer.wide(x.dtype))
+        y_BTH = weights.project("btd,dh->bth", x, self.map).astype(mixer.wide(x.dtype))
         return -jnp.exp(self.log_a[...]) * jax.nn.softplus(y_BTH + self.bias[...])
 
 
@@ -76,10 +76,10 @@ class ChannelDecay(nnx.Module):
             (heads, key),
             ("heads", "key"),
             rngs,
-            init=layers.fan_in(rank),
-            bias=layers.inverse_softplus(1e-3, 0.1),
+            init=weights.fan_in(rank),
+            bias=weights.inverse_softplus(1e-3, 0.1),
         )
-        self.log_a = layers.weight(rngs, layers.log_uniform(1.0, 16.0), (heads,), ("heads",))
+        self.log_a = weights.weight(rngs, weights.log_uniform(1.0, 16.0), (heads,), ("heads",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
         """The log decays, wide."""
@@ -117,8 +117,8 @@ class DeltaMixer(mixer.Mixer):
         shape = (2, key_heads or heads, key)
         self.qk = Convolved(width, shape, ("parts", "heads", "key"), conv, rngs)
         self.v = Convolved(width, (heads, value), ("heads", "value"), conv, rngs)
-        self.norm = layers.filled(rngs, 1.0, (value,), ("value",))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.norm = weights.filled(rngs, 1.0, (value,), ("value",))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.state_shape = (heads, key, value)
 
     def read(self, x, segments, state: Any, dtype: DTypeLike | None = None):
@@ -134,7 +134,7 @@ class DeltaMixer(mixer.Mixer):
         """(norm(o) * gate) W."""
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...])
         o_BTHV = o_BTHV if gate_BTHV is None else o_BTHV * gate_BTHV
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o)
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o)
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Convolution tails and the matrix state (B, H, K, V), all zero."""
@@ -152,13 +152,13 @@ class ChannelMixer(DeltaMixer):
         heads = config.heads
         sizes = dict(key_dim=config.key_dim, value_dim=config.value_dim)
         check_sizes(heads, **sizes, gate_rank=config.gate_rank)
-        key = config.key_dim or layers.split_heads(width, heads)
+        key = config.key_dim or checks.split_heads(width, heads)
         value = config.value_dim or key
         rank = config.gate_rank or value
         super().__init__(width, heads, key, value, config.conv, rngs)
         self.decay = ChannelDecay(width, rank, heads, key, rngs)
         self.gate = layers.LowRank(
-            width, rank, (heads, value), ("heads", "value"), rngs, init=layers.fan_in(rank)
+            width, rank, (heads, value), ("heads", "value"), rngs, init=weights.fan_in(rank)
         )
 
     def gated(self, x: Float[Array, "B T D"], o_BTHV) -> Float[Array, "B T D"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as boundaries
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.mixer import wide
 
 LEAST = 1e-6  # a sum of weights below this reads as this
@@ -24,7 +24,7 @@ def head_dims(width: int, heads: int, key_dim: int, value_dim: int) -> tuple[int
             raise ValueError(f"{name}={size} is negative. Use 0 (width / heads) or at least 1.")
     if heads < 1:
         raise ValueError(f"heads={heads} must be at least 1. Use 1.")
-    share = 0 if key_dim and value_dim else layers.split_heads(width, heads)
+    share = 0 if key_dim and value_dim else checks.split_heads(width, heads)
     return key_dim or share, value_dim or share
 
 
@@ -73,14 +73,14 @@ class FeatureMixer(mixer.Mixer):
     ):
         heads = config.heads
         key, value = head_dims(width, heads, config.key_dim, config.value_dim)
-        self.qk = layers.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
-        self.v = layers.inward(rngs, width, (heads, value), ("heads", "value"))
-        self.o = layers.outward(rngs, (heads, value), width, ("heads", "value"))
+        self.qk = weights.inward(rngs, width, (2, heads, key), ("parts", "heads", "key"))
+        self.v = weights.inward(rngs, width, (heads, value), ("heads", "value"))
+        self.o = weights.outward(rngs, (heads, value), width, ("heads", "value"))
         self.state_shape = (heads, rows(key), value + 1)
 
     def queries_keys(self, x: Float[Array, "B T D"]) -> Float[Array, "B T 2 H K"]:
         """q beside k."""
-        return layers.project("btd,dphk->btphk", x, self.qk)
+        return weights.project("btd,dphk->btphk", x, self.qk)
 
     def read(
         self,
@@ -96,11 +96,11 @@ class FeatureMixer(mixer.Mixer):
         """The values that features q find among k, mapped by `o`; log_decay None: nothing fades."""
         if log_decay is None:
             log_decay = jnp.zeros(self.state_shape[0], wide(x.dtype))
-        v_BTHV = layers.project("btd,dhv->bthv", x, self.v)
+        v_BTHV = weights.project("btd,dhv->bthv", x, self.v)
         o_BTHV, s_BHFW = normalised(
             q, k, v_BTHV, log_decay, segments=segments, state=state, least=least
         )
-        return layers.project("bthv,hvd->btd", o_BTHV, self.o), s_BHFW
+        return weights.project("bthv,hvd->btd", o_BTHV, self.o), s_BHFW
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, H, F, V + 1): S, and the sum of keys z as its last column."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models import layers
+from models import weights
 
 # A window falls to 1 / 100 after 1.5 lengths in the first channel, 0.3 lengths in the last one.
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
@@ -43,14 +43,14 @@ class ImplicitFilter(nnx.Module):
             raise ValueError(f"{name}={value} of an implicit filter must be at least 1.")
         features = 1 + 2 * bands
         maps = ((features, hidden), (hidden, hidden), (hidden, hidden))
-        start = lambda shape, n, dims: layers.weight(rngs, _uniform(n), shape, dims)
+        start = lambda shape, n, dims: weights.weight(rngs, _uniform(n), shape, dims)
         self.maps = nnx.List([start((n, m), n, ("rank", "rank")) for n, m in maps])
         self.biases = nnx.List([start((m,), n, ("rank",)) for n, m in maps])
-        self.frequency = layers.filled(rngs, frequency, (hidden,), ("rank",))
+        self.frequency = weights.filled(rngs, frequency, (hidden,), ("rank",))
         square = _mean_square([n for n, _ in maps], (bands + 1 / 3) / features, frequency)
         windows = length * math.log(FASTEST / SLOWEST) / (FASTEST - SLOWEST) / 2
-        energy = layers.fan_in(hidden, gain=1 / math.sqrt(square * windows))
-        self.out = layers.weight(
+        energy = weights.fan_in(hidden, gain=1 / math.sqrt(square * windows))
+        self.out = weights.weight(
             rngs, energy, (hidden, count, width), ("rank", "parts", "channels")
         )
         self.length, self.bands = length, bands

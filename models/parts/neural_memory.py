@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from models import layers, mixer
+from models import checks, mixer, weights
 from models.parts import inner_loop
 from models.parts.inner_loop import Gradients, Masks, Network, Places, Term, mix
 
@@ -52,13 +52,13 @@ class Memory(nnx.Module):
         for name, given, usual in (("rate", rate, 0.1), ("clip", clip, 10.0)):
             if given <= 0:
                 raise ValueError(f"{name}={given} must be > 0; usual: {usual}.")
-        dim = layers.split_heads(width, heads)
-        self.gates = layers.inward(rngs, width, (3, heads), ("parts", "heads"))
+        dim = checks.split_heads(width, heads)
+        self.gates = weights.inward(rngs, width, (3, heads), ("parts", "heads"))
         first = lambda key, shape: jnp.broadcast_to(jnp.array(BIASES)[:, None], shape)
-        self.gate_bias = layers.weight(rngs, first, (3, heads), ("parts", "heads"))
+        self.gate_bias = weights.weight(rngs, first, (3, heads), ("parts", "heads"))
         sizes = (dim, *(depth - 1) * (expand * dim,), dim)
         self.w = nnx.List(
-            layers.weight(rngs, layers.fan_in(a), (heads, a, b), ("heads", "key", "value"))
+            weights.weight(rngs, weights.fan_in(a), (heads, a, b), ("heads", "key", "value"))
             for a, b in zip(sizes, sizes[1:], strict=False)
         )
         self.rate, self.clip = rate, clip
@@ -73,7 +73,7 @@ class Memory(nnx.Module):
 
     def gated(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """log(1 - alpha), log eta and theta (B, T, H)."""
-        gates_BTPH = layers.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
+        gates_BTPH = weights.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
         gates_BTPH = gates_BTPH + self.gate_bias[...]
         keep_BTH = jax.nn.log_sigmoid(-gates_BTPH[:, :, 0])
         momentum_BTH = jax.nn.log_sigmoid(gates_BTPH[:, :, 1])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models import layers
+from models import checks, layers
 
 SCALINGS = ("linear", "ntk", "yarn")
 # Full turns within the trained context: YaRN interpolates below the first, keeps from the second.
@@ -47,7 +47,7 @@ class Rotary:
         if self.context < 1:
             raise ValueError(f"rope_context={self.context} must be at least 1; 2048 is usual.")
         if self.fraction == 1:
-            layers.check_pairs(head_dim)
+            checks.pairs(head_dim)
         if self.turned(head_dim) < 2:
             raise ValueError(
                 f"rope_fraction={self.fraction} of head_dim={head_dim} turns no pair. "

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels import segments as boundaries
 from kernels.grouped_matmul import grouped_matmul
-from models import layers, mixer, reports
+from models import mixer, reports, weights
 
 
 def check(experts: int, top_k: int) -> None:
@@ -131,12 +131,12 @@ class Experts(nnx.Module):
     ):
         def inward():
             shape, dims = (experts, width, hidden), ("experts", "embed", "channels")
-            return layers.weight(rngs, layers.fan_in(width), shape, dims, share)
+            return weights.weight(rngs, weights.fan_in(width), shape, dims, share)
 
         self.up = inward()
         self.gate = inward() if gated else None
         shape, dims = (experts, hidden, width), ("experts", "channels", "embed")
-        self.down = layers.weight(rngs, layers.fan_in(hidden), shape, dims, share)
+        self.down = weights.weight(rngs, weights.fan_in(hidden), shape, dims, share)
         self.activation = activation
 
     def __call__(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from models import layers
+from models import weights
 
 NORM_EPS = 64e-5  # of the output norm, for heads of 64
 
@@ -36,15 +36,15 @@ def mix(rngs: nnx.Rngs, width: int, powers: tuple[float, ...], raised: tuple[flo
         raise_by = raised or (0.0,) * len(powers)
         return jnp.stack([1 - ramp**p - r for p, r in zip(powers, raise_by, strict=True)])
 
-    return layers.weight(rngs, init, (len(powers), width), ("parts", "embed"))
+    return weights.weight(rngs, init, (len(powers), width), ("parts", "embed"))
 
 
-def decay_speed(depth: float) -> layers.Initializer:
+def decay_speed(depth: float) -> weights.Initializer:
     """w of decay = exp(-exp(w)), from -6 for the first channel to -1 (RWKV-5 and 6)."""
     return lambda key, shape: -6 + 5 * channels(shape) ** (0.7 + 1.3 * depth)
 
 
-def bonus(depth: float) -> layers.Initializer:
+def bonus(depth: float) -> weights.Initializer:
     """u, the weight of a token's own write (RWKV-5 and 6)."""
 
     def init(key, shape):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import aligned, chosen_blocks
 
 
@@ -34,15 +34,15 @@ class Attention(mixer.Mixer):
     def __init__(self, config: Settings, width: int, rngs: nnx.Rngs):
         heads, groups = config.heads, config.kv_heads or config.heads
         at_least("heads", heads, 1)
-        dim = config.head_dim or layers.split_heads(width, heads)
-        layers.check_groups(heads, groups)
+        dim = config.head_dim or checks.split_heads(width, heads)
+        checks.groups(heads, groups)
         if config.rope_base:
-            layers.check_pairs(dim)
+            checks.pairs(dim)
         at_least("block", config.block, 1)
         shared = "heads" if groups > 1 else "groups"  # a single head is whole on every device
-        self.q = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
-        self.kv = layers.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "key"))
+        self.q = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
+        self.kv = weights.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "key"))
         self.block, self.rope_base = config.block, config.rope_base
         self.head_shape = (groups, dim)
 
@@ -74,8 +74,8 @@ class Attention(mixer.Mixer):
         self, x: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
     ) -> tuple[Array, Array, Array]:
         """Queries, keys and values in x's dtype, the first two rotated."""
-        q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", x, self.kv)
+        q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", x, self.kv)
         k_BTGK, v_BTGK = kv_BTPGK[:, :, 0], kv_BTPGK[:, :, 1]
         if self.rope_base:
             q_BTHK = layers.rotary(q_BTHK, positions_BT, self.rope_base)
@@ -102,7 +102,7 @@ class Attention(mixer.Mixer):
             unit=unit,
             init_state=self.init_state if self.causal else None,
         )
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new if self.causal else ()
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), new if self.causal else ()
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Room for the keys and values of a document of `capacity` tokens."""

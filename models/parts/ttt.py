@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import inner_loop
 
 EPSILON = 1e-6
@@ -37,9 +37,9 @@ class Layer(mixer.Mixer):
         conv: int,
         rope_base: float,
     ):
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         if dim % 2:
-            near = layers.nearest_divisor(width // 2, heads)
+            near = checks.nearest_divisor(width // 2, heads)
             raise ValueError(
                 f"heads={heads} makes heads of {dim} channels, which rotary positions cannot pair. "
                 f"Use {near}."
@@ -51,24 +51,24 @@ class Layer(mixer.Mixer):
         if rope_base <= 1:
             raise ValueError(f"rope_base={rope_base} must be above 1; usual: 10000.0.")
         names = ("heads", "key")
-        self.qk = layers.inward(rngs, width, (heads, dim), names)
+        self.qk = weights.inward(rngs, width, (heads, dim), names)
         self.q_conv = layers.ShortConv((heads, dim), names, rngs, width=conv)
         self.k_conv = layers.ShortConv((heads, dim), names, rngs, width=conv)
-        self.vz = layers.inward(rngs, width, (2, heads, dim), ("parts", *names))
-        self.rate = layers.weight(rngs, layers.normal(0.02), (width, heads), ("embed", "heads"))
-        self.rate_bias = layers.filled(rngs, 0.0, (heads,), ("heads",))
-        self.share = layers.filled(rngs, 0.0, (batch,), ("width",))
-        self.gain = layers.filled(rngs, 1.0, (heads, dim), names)
-        self.shift = layers.filled(rngs, 0.0, (heads, dim), names)
+        self.vz = weights.inward(rngs, width, (2, heads, dim), ("parts", *names))
+        self.rate = weights.weight(rngs, weights.normal(0.02), (width, heads), ("embed", "heads"))
+        self.rate_bias = weights.filled(rngs, 0.0, (heads,), ("heads",))
+        self.share = weights.filled(rngs, 0.0, (batch,), ("width",))
+        self.gain = weights.filled(rngs, 1.0, (heads, dim), names)
+        self.shift = weights.filled(rngs, 0.0, (heads, dim), names)
         sizes = (dim, *hidden, dim)
         shapes = [(heads, a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
         dims = ("heads", "key", "value")
-        self.w = nnx.List(layers.weight(rngs, layers.fan_in(s[1]), s, dims) for s in shapes)
+        self.w = nnx.List(weights.weight(rngs, weights.fan_in(s[1]), s, dims) for s in shapes)
         biases = [(heads, 1, shape[2]) for shape in shapes]
-        self.b = nnx.List(layers.filled(rngs, 0.0, shape, dims) for shape in biases)
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), names)
-        self.norm_bias = layers.filled(rngs, 0.0, (heads, dim), names)
-        self.o = layers.outward(rngs, (heads, dim), width, names)
+        self.b = nnx.List(weights.filled(rngs, 0.0, shape, dims) for shape in biases)
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), names)
+        self.norm_bias = weights.filled(rngs, 0.0, (heads, dim), names)
+        self.o = weights.outward(rngs, (heads, dim), width, names)
         self.step, self.rope_base = rate / dim, rope_base
 
     def __call__(self, x, *, segments=None, state=None):
@@ -76,11 +76,11 @@ class Layer(mixer.Mixer):
         dtype = mixer.wide(x.dtype)
         at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.share.shape[0])
         place_BT = at.place[:, : x.shape[1]]
-        qk_BTHK = layers.project("btd,dhk->bthk", x, self.qk)
+        qk_BTHK = weights.project("btd,dhk->bthk", x, self.qk)
         q_BTHK, tail = self.q_conv(qk_BTHK, segments=segments, state=old["qk"])
         k_BTHK, _ = self.k_conv(qk_BTHK, segments=segments, state=old["qk"])
-        vz_BTPHK = layers.project("btd,dphk->btphk", x, self.vz)
-        rate_BTH = layers.project("btd,dh->bth", x, self.rate).astype(dtype) + self.rate_bias[...]
+        vz_BTPHK = weights.project("btd,dphk->btphk", x, self.vz)
+        rate_BTH = weights.project("btd,dh->bth", x, self.rate).astype(dtype) + self.rate_bias[...]
         inputs = (
             layers.rotary(q_BTHK, place_BT, self.rope_base).astype(dtype),
             layers.rotary(k_BTHK, place_BT, self.rope_base).astype(dtype),
@@ -93,7 +93,7 @@ class Layer(mixer.Mixer):
             self._chunk(alone), carry, inputs, at, self.share.shape[0]
         )
         o_BTHK = self._normed(o_BTHK).astype(x.dtype) * jax.nn.gelu(vz_BTPHK[:, :, 1])
-        y = layers.project("bthk,hkd->btd", o_BTHK, self.o)
+        y = weights.project("bthk,hkd->btd", o_BTHK, self.o)
         return y, {"qk": tail, "start": start, "sums": sums, "length": length_B}
 
     def _chunk(self, alone: bool):

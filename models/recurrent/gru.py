@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import nonlinear_scan
 
 
@@ -43,20 +43,20 @@ class Mixer(mixer.Mixer):
         bound = 1 / math.sqrt(channels)
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         dims = ("parts", "channels")
-        self.w = layers.inward(rngs, width, (3, channels), dims)
-        self.recurrent = layers.weight(rngs, init, (channels, 3, channels), ("state", *dims))
-        self.bias = layers.filled(rngs, 0.0, (3, channels), dims)
-        self.reset_bias = layers.filled(rngs, 0.0, (channels,), ("channels",))  # b'_n
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.w = weights.inward(rngs, width, (3, channels), dims)
+        self.recurrent = weights.weight(rngs, init, (channels, 3, channels), ("state", *dims))
+        self.bias = weights.filled(rngs, 0.0, (3, channels), dims)
+        self.reset_bias = weights.filled(rngs, 0.0, (channels,), ("channels",))  # b'_n
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         if state is None:
             state = self.init_state(x.shape[0], x.shape[1], x.dtype)
-        rzn_BTPC = layers.project("btd,dpc->btpc", x, self.w).astype(dtype) + self.bias[...]
-        weights = (self.recurrent[...].astype(dtype), self.reset_bias[...].astype(dtype))
-        last, h_BTC = nonlinear_scan.scan(_step, weights, state, rzn_BTPC, segments)
-        return layers.project("btc,cd->btd", h_BTC.astype(x.dtype), self.o), last
+        rzn_BTPC = weights.project("btd,dpc->btpc", x, self.w).astype(dtype) + self.bias[...]
+        of_step = (self.recurrent[...].astype(dtype), self.reset_bias[...].astype(dtype))
+        last, h_BTC = nonlinear_scan.scan(_step, of_step, state, rzn_BTPC, segments)
+        return weights.project("btc,cd->btd", h_BTC.astype(x.dtype), self.o), last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, C)."""

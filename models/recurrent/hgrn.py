@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import complex_linear_scan, linear_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -53,28 +53,28 @@ class Mixer(mixer.Mixer):
         if config.phase_base < 1:
             raise ValueError(f"phase_base={config.phase_base} must be at least 1; usual: 10000.0.")
         shape, dims = (parts, channels), ("parts", "channels")
-        self.c = layers.inward(rngs, width, shape, dims)
-        self.gate = layers.inward(rngs, width, shape, dims)
-        self.forget = layers.inward(rngs, width, (channels,), ("channels",))
-        self.c_bias = layers.filled(rngs, 0.0, shape, dims)
-        self.gate_bias = layers.filled(rngs, 0.0, shape, dims)
-        self.forget_bias = layers.filled(rngs, 0.0, (channels,), ("channels",))
-        self.norm = layers.filled(rngs, 1.0, (parts * channels,), ("channels",))
-        self.norm_bias = layers.filled(rngs, 0.0, (parts * channels,), ("channels",))
-        self.o = layers.outward(rngs, shape, width, dims)
+        self.c = weights.inward(rngs, width, shape, dims)
+        self.gate = weights.inward(rngs, width, shape, dims)
+        self.forget = weights.inward(rngs, width, (channels,), ("channels",))
+        self.c_bias = weights.filled(rngs, 0.0, shape, dims)
+        self.gate_bias = weights.filled(rngs, 0.0, shape, dims)
+        self.forget_bias = weights.filled(rngs, 0.0, (channels,), ("channels",))
+        self.norm = weights.filled(rngs, 1.0, (parts * channels,), ("channels",))
+        self.norm_bias = weights.filled(rngs, 0.0, (parts * channels,), ("channels",))
+        self.o = weights.outward(rngs, shape, width, dims)
         init = lambda key, shape: config.phase_base ** (-2 * jnp.arange(shape[0]) / shape[0])
-        phase = lambda: layers.weight(rngs, init, (channels,), ("channels",))
+        phase = lambda: weights.weight(rngs, init, (channels,), ("channels",))
         self.phase = phase() if config.complex else None
         self.lower_bound = config.lower_bound
 
     def __call__(self, x, *, segments=None, state=None):
         dtype, bound = mixer.wide(x.dtype), self.lower_bound
-        forget_BTC = layers.project("btd,dc->btc", x, self.forget).astype(dtype)
+        forget_BTC = weights.project("btd,dc->btc", x, self.forget).astype(dtype)
         forget_BTC = forget_BTC + self.forget_bias[...]
         # 1 - l is formed from the gate's other side, and not by a subtraction that loses digits.
         entry_BTC = (1 - bound) * jax.nn.sigmoid(-forget_BTC)
         log_decay_BTC = _log_decay(forget_BTC, bound)
-        c_BTPC = layers.project("btd,dpc->btpc", x, self.c).astype(dtype) + self.c_bias[...]
+        c_BTPC = weights.project("btd,dpc->btpc", x, self.c).astype(dtype) + self.c_bias[...]
         c_BTPC = (jax.nn.silu(c_BTPC) * entry_BTC[:, :, None]).astype(x.dtype)
         if self.phase is None:
             h_BTC, last = linear_scan(
@@ -91,9 +91,9 @@ class Mixer(mixer.Mixer):
             )
             h_BTC = jnp.concatenate(h, axis=-1)
         h_BTC = layers.layer_norm(h_BTC, self.norm[...], self.norm_bias[...])
-        gate_BTPC = layers.project("btd,dpc->btpc", x, self.gate).astype(dtype)
+        gate_BTPC = weights.project("btd,dpc->btpc", x, self.gate).astype(dtype)
         gate_BTPC = jax.nn.silu(gate_BTPC + self.gate_bias[...]).astype(x.dtype)
-        y = layers.project("btpc,pcd->btd", h_BTC.reshape(gate_BTPC.shape) * gate_BTPC, self.o)
+        y = weights.project("btpc,pcd->btd", h_BTC.reshape(gate_BTPC.shape) * gate_BTPC, self.o)
         return y, last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import nonlinear_scan
 
 
@@ -44,21 +44,21 @@ class Mixer(mixer.Mixer):
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         start = jnp.asarray([0.0, config.forget_bias, 0.0, 0.0])[:, None]
         dims = ("parts", "channels")
-        self.w = layers.inward(rngs, width, (4, channels), dims)
-        self.recurrent = layers.weight(rngs, init, (channels, 4, channels), ("state", *dims))
-        self.bias = layers.weight(
+        self.w = weights.inward(rngs, width, (4, channels), dims)
+        self.recurrent = weights.weight(rngs, init, (channels, 4, channels), ("state", *dims))
+        self.bias = weights.weight(
             rngs, lambda key, shape: jnp.broadcast_to(start, shape), (4, channels), dims
         )
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         if state is None:
             state = self.init_state(x.shape[0], x.shape[1], x.dtype)
-        ifoz_BTPC = layers.project("btd,dpc->btpc", x, self.w).astype(dtype) + self.bias[...]
-        weights = self.recurrent[...].astype(dtype)
-        last, h_BTC = nonlinear_scan.scan(_step, weights, state, ifoz_BTPC, segments)
-        return layers.project("btc,cd->btd", h_BTC.astype(x.dtype), self.o), last
+        ifoz_BTPC = weights.project("btd,dpc->btpc", x, self.w).astype(dtype) + self.bias[...]
+        of_step = self.recurrent[...].astype(dtype)
+        last, h_BTC = nonlinear_scan.scan(_step, of_step, state, ifoz_BTPC, segments)
+        return weights.project("btc,cd->btd", h_BTC.astype(x.dtype), self.o), last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Cells c and outputs h, zeros (B, C)."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -38,12 +38,12 @@ class Mixer(mixer.Mixer):
                 f"expand={config.expand} leaves no channel at width {width}. Use {1 / width} "
                 f"or more; usual: 1.5."
             )
-        self.w = layers.inward(rngs, width, (2, channels), ("parts", "channels"))
-        self.bias = layers.filled(rngs, 0.0, (2, channels), ("parts", "channels"))
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.w = weights.inward(rngs, width, (2, channels), ("parts", "channels"))
+        self.bias = weights.filled(rngs, 0.0, (2, channels), ("parts", "channels"))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
-        zh_BTPC = layers.project("btd,dpc->btpc", x, self.w).astype(mixer.wide(x.dtype))
+        zh_BTPC = weights.project("btd,dpc->btpc", x, self.w).astype(mixer.wide(x.dtype))
         zh_BTPC = zh_BTPC + self.bias[...]
         z_BTC, h_BTC = zh_BTPC[:, :, 0], zh_BTPC[:, :, 1]
         h_BTC, last = linear_scan(
@@ -52,7 +52,7 @@ class Mixer(mixer.Mixer):
             segments=segments,
             initial_state=state,
         )
-        return layers.project("btc,cd->btd", h_BTC, self.o), last
+        return weights.project("btc,cd->btd", h_BTC, self.o), last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, C)."""

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -43,14 +43,14 @@ class Mixer(mixer.Mixer):
                 f"expand={config.expand} leaves no channel at width {width}. Use {1 / width} "
                 f"or more; usual: 1.5."
             )
-        self.w = layers.inward(rngs, width, (3, channels), ("parts", "channels"))
+        self.w = weights.inward(rngs, width, (3, channels), ("parts", "channels"))
         start = jnp.asarray([config.forget_bias, 0.0, 0.0])[:, None]
         init = lambda key, shape: jnp.broadcast_to(start, shape)
-        self.bias = layers.weight(rngs, init, (3, channels), ("parts", "channels"))
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.bias = weights.weight(rngs, init, (3, channels), ("parts", "channels"))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
-        fih_BTPC = layers.project("btd,dpc->btpc", x, self.w).astype(mixer.wide(x.dtype))
+        fih_BTPC = weights.project("btd,dpc->btpc", x, self.w).astype(mixer.wide(x.dtype))
         fih_BTPC = fih_BTPC + self.bias[...]
         f_BTC, i_BTC, h_BTC = fih_BTPC[:, :, 0], fih_BTPC[:, :, 1], fih_BTPC[:, :, 2]
         ratio_BTC = jax.nn.softplus(-f_BTC) - jax.nn.softplus(-i_BTC)
@@ -60,7 +60,7 @@ class Mixer(mixer.Mixer):
             segments=segments,
             initial_state=state,
         )
-        return layers.project("btc,cd->btd", h_BTC, self.o), last
+        return weights.project("btc,cd->btd", h_BTC, self.o), last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """Zeros (B, C)."""

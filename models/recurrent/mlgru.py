@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import ternary
 
 
@@ -44,10 +44,10 @@ class Mixer(mixer.Mixer):
             raise ValueError(f"lower_bound={config.lower_bound} must be in [0, 1). Use {near}.")
         channels = config.channels or width
         self.forget, self.candidate, self.gate = (
-            layers.inward(rngs, width, (channels,), ("channels",)) for _ in range(3)
+            weights.inward(rngs, width, (channels,), ("channels",)) for _ in range(3)
         )
-        self.bias = layers.filled(rngs, 0.0, (2, channels), ("parts", "channels"))
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.bias = weights.filled(rngs, 0.0, (2, channels), ("parts", "channels"))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
         self.lower_bound = config.lower_bound
 
     def __call__(self, x, *, segments=None, state=None):

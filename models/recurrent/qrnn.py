@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -44,14 +44,14 @@ class Mixer(mixer.Mixer):
         if not 2 <= window <= 8:
             near = min(max(window, 2), 8)
             raise ValueError(f"window={window} is outside 2 to 8 tokens. Use {near}; usual: 2.")
-        self.w = layers.weight(
+        self.w = weights.weight(
             rngs,
-            layers.fan_in(window, width),
+            weights.fan_in(window, width),
             (window, width, 3, channels),
             ("width", "embed", "parts", "channels"),
         )
-        self.bias = layers.filled(rngs, 0.0, (3, channels), ("parts", "channels"))
-        self.o = layers.outward(rngs, (channels,), width, ("channels",))
+        self.bias = weights.filled(rngs, 0.0, (3, channels), ("parts", "channels"))
+        self.o = weights.outward(rngs, (channels,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         if state is None:
@@ -62,7 +62,7 @@ class Mixer(mixer.Mixer):
             taps.append(before)
             tails.append(last)
         x_BTWD = jnp.stack(taps, axis=2)
-        zfo_BTPC = layers.project("btwd,wdpc->btpc", x_BTWD, self.w).astype(mixer.wide(x.dtype))
+        zfo_BTPC = weights.project("btwd,wdpc->btpc", x_BTWD, self.w).astype(mixer.wide(x.dtype))
         zfo_BTPC = zfo_BTPC + self.bias[...]
         z_BTC, f_BTC, o_BTC = (zfo_BTPC[:, :, part] for part in range(3))
         c_BTC, last = linear_scan(
@@ -72,7 +72,7 @@ class Mixer(mixer.Mixer):
             initial_state=state["c"],
         )
         y_BTC = (jax.nn.sigmoid(o_BTC) * c_BTC).astype(x.dtype)
-        y = layers.project("btc,cd->btd", y_BTC, self.o)
+        y = weights.project("btc,cd->btd", y_BTC, self.o)
         return y, {"x": jnp.concatenate(tails, axis=1), "c": last}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

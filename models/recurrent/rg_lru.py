@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 SHARPNESS = 8.0  # c of eq. 3
 
@@ -37,23 +37,23 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         channels = config.channels or width
-        block = layers.split_heads(channels, config.blocks, "blocks")
-        init, inner = layers.fan_in(width), layers.fan_in(block)
-        self.xy = layers.weight(rngs, init, (width, 2, channels), ("embed", "parts", "channels"))
+        block = checks.split_heads(channels, config.blocks, "blocks")
+        init, inner = weights.fan_in(width), weights.fan_in(block)
+        self.xy = weights.weight(rngs, init, (width, 2, channels), ("embed", "parts", "channels"))
         self.conv = layers.ShortConv((channels,), ("channels",), rngs, width=config.conv)
-        self.gates = layers.weight(
+        self.gates = weights.weight(
             rngs, inner, (2, config.blocks, block, block), ("parts", "heads", "key", "value")
         )
-        self.gate_bias = layers.weight(
-            rngs, layers.constant(0.0), (2, config.blocks, block), ("parts", "heads", "value")
+        self.gate_bias = weights.weight(
+            rngs, weights.constant(0.0), (2, config.blocks, block), ("parts", "heads", "value")
         )
-        self.rate = layers.weight(rngs, _rate_init, (channels,), ("channels",))
-        out = layers.fan_in(channels)
-        self.o = layers.weight(rngs, out, (channels, width), ("channels", "embed"))
+        self.rate = weights.weight(rngs, _rate_init, (channels,), ("channels",))
+        out = weights.fan_in(channels)
+        self.o = weights.weight(rngs, out, (channels, width), ("channels", "embed"))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"conv": None, "h": None, "begun": jnp.zeros(x.shape[0], bool)}
-        xy_BTPC = layers.project("btd,dpc->btpc", x, self.xy)
+        xy_BTPC = weights.project("btd,dpc->btpc", x, self.xy)
         u_BTC, tail = self.conv(xy_BTPC[:, :, 0], segments=segments, state=state["conv"])
         r_BTC, i_BTC = self._gates(u_BTC)
         log_a_BTC = -SHARPNESS * jax.nn.softplus(self.rate[...]) * r_BTC
@@ -67,14 +67,14 @@ class Mixer(mixer.Mixer):
             initial_state=state["h"],
         )
         h_BTC = jax.nn.gelu(xy_BTPC[:, :, 1]) * h_BTC
-        y = layers.project("btc,cd->btd", h_BTC, self.o)
+        y = weights.project("btc,cd->btd", h_BTC, self.o)
         return y, {"conv": tail, "h": last_BC, "begun": begun}
 
     def _gates(self, u_BTC):
         """Recurrence gate r_t and input gate i_t (eqs. 1 and 2), in float32."""
         blocks = self.gates.shape[1]
         u_BTHK = u_BTC.reshape(*u_BTC.shape[:2], blocks, -1)
-        gates_PBTHK = layers.project("bthk,phkv->pbthv", u_BTHK, self.gates)
+        gates_PBTHK = weights.project("bthk,phkv->pbthv", u_BTHK, self.gates)
         gates_PBTHK = gates_PBTHK.astype(mixer.wide(u_BTC.dtype))
         gates_PBTHK = gates_PBTHK + self.gate_bias[...][:, None, None]
         gates_PBTC = jax.nn.sigmoid(gates_PBTHK).reshape(2, *u_BTC.shape)

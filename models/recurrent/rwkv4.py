@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import layers, mixer, weights
 from models.parts import nonlinear_scan
 
 EMPTY = -1e38  # the largest exponent of no token
@@ -49,13 +49,13 @@ class Mixer(mixer.Mixer):
         decay = -5 + 8 * along ** (0.7 + 1.3 * depth)
         zigzag = 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
         fixed = lambda value: lambda key, shape: value
-        self.mix = layers.weight(rngs, fixed(mixes), (3, width), ("parts", "embed"))
-        self.w = layers.weight(
-            rngs, layers.fan_in(width), (3, width, width), ("parts", "embed", "channels")
+        self.mix = weights.weight(rngs, fixed(mixes), (3, width), ("parts", "embed"))
+        self.w = weights.weight(
+            rngs, weights.fan_in(width), (3, width, width), ("parts", "embed", "channels")
         )
-        self.decay = layers.weight(rngs, fixed(decay), (width,), ("channels",))
-        self.bonus = layers.weight(rngs, fixed(zigzag + math.log(0.3)), (width,), ("channels",))
-        self.o = layers.outward(rngs, (width,), width, ("channels",))
+        self.decay = weights.weight(rngs, fixed(decay), (width,), ("channels",))
+        self.bonus = weights.weight(rngs, fixed(zigzag + math.log(0.3)), (width,), ("channels",))
+        self.o = weights.outward(rngs, (width,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
@@ -64,14 +64,14 @@ class Mixer(mixer.Mixer):
         before_BTD, last = layers.token_shift(x, segments, state["x"])
         step_BTD = x.astype(dtype) - before_BTD
         mixed_BTPD = before_BTD[:, :, None] + self.mix[...] * step_BTD[:, :, None]
-        rkv_BTPC = layers.project("btpd,pdc->btpc", mixed_BTPD.astype(x.dtype), self.w)
+        rkv_BTPC = weights.project("btpd,pdc->btpc", mixed_BTPD.astype(x.dtype), self.w)
         rkv_BTPC = rkv_BTPC.astype(dtype)
         r_BTC, k_BTC, v_BTC = (rkv_BTPC[:, :, part] for part in range(3))
-        weights = (jnp.exp(self.decay[...].astype(dtype)), self.bonus[...].astype(dtype))
+        of_step = (jnp.exp(self.decay[...].astype(dtype)), self.bonus[...].astype(dtype))
         sums = {name: state[name] for name in ("aa", "bb", "pp")}
-        sums, wkv_BTC = nonlinear_scan.scan(_step, weights, sums, (k_BTC, v_BTC), segments)
+        sums, wkv_BTC = nonlinear_scan.scan(_step, of_step, sums, (k_BTC, v_BTC), segments)
         y_BTC = (jax.nn.sigmoid(r_BTC) * wkv_BTC).astype(x.dtype)
-        return layers.project("btc,cd->btd", y_BTC, self.o), sums | {"x": last}
+        return weights.project("btc,cd->btd", y_BTC, self.o), sums | {"x": last}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The token before; sums exp(-pp) sum weight v (aa), exp(-pp) sum weight (bb); pp.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import nonlinear_scan
 
 
@@ -39,23 +39,23 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, depth = config.heads, config.depth
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         if not 0 <= depth <= 1:
             near = min(max(depth, 0.0), 1.0)
             raise ValueError(f"depth={depth} of the layer is outside [0, 1]. Use {near}.")
         dims = ("heads", "value")
         self.conv = layers.ShortConv((heads, dim), dims, rngs, width=config.conv, activation="silu")
-        init, shape = layers.fan_in(dim), (2, heads, dim, dim)
-        self.gates = layers.weight(rngs, init, shape, ("parts", "heads", "key", "value"))
-        self.zo = layers.weight(rngs, init, shape, ("parts", "heads", "key", "value"))
-        self.recurrent = layers.filled(
+        init, shape = weights.fan_in(dim), (2, heads, dim, dim)
+        self.gates = weights.weight(rngs, init, shape, ("parts", "heads", "key", "value"))
+        self.zo = weights.weight(rngs, init, shape, ("parts", "heads", "key", "value"))
+        self.recurrent = weights.filled(
             rngs, 0.0, (4, heads, dim, dim), ("parts", "heads", "key", "value")
         )
         along = jnp.arange(dim) / max(dim - 1, 1)
         forget = 5 - 12 * along ** (0.3 + 1.3 * depth)
         start = lambda key, shape: jnp.zeros(shape).at[1].set(forget)
-        self.bias = layers.weight(rngs, start, (4, heads, dim), ("parts", *dims))
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), dims)
+        self.bias = weights.weight(rngs, start, (4, heads, dim), ("parts", *dims))
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), dims)
 
     def __call__(self, x, *, segments=None, state=None):
         dtype, (heads, dim) = mixer.wide(x.dtype), self.norm.shape
@@ -63,13 +63,13 @@ class Mixer(mixer.Mixer):
             state = self.init_state(x.shape[0], x.shape[1], x.dtype)
         x_BTHK = x.reshape(*x.shape[:2], heads, dim)
         u_BTHK, tail = self.conv(x_BTHK, segments=segments, state=state["conv"])
-        gates_BTPHV = layers.project("bthk,phkv->btphv", u_BTHK, self.gates)
-        zo_BTPHV = layers.project("bthk,phkv->btphv", x_BTHK, self.zo)
+        gates_BTPHV = weights.project("bthk,phkv->btphv", u_BTHK, self.gates)
+        zo_BTPHV = weights.project("bthk,phkv->btphv", x_BTHK, self.zo)
         ifzo_BTPHV = jnp.concatenate([gates_BTPHV, zo_BTPHV], axis=2).astype(dtype)
         ifzo_BTPHV = ifzo_BTPHV + self.bias[...]
         cells = {name: state[name] for name in "chmn"}
-        weights = self.recurrent[...].astype(dtype)
-        cells, h_BTHV = nonlinear_scan.scan(_step, weights, cells, ifzo_BTPHV, segments)
+        of_step = self.recurrent[...].astype(dtype)
+        cells, h_BTHV = nonlinear_scan.scan(_step, of_step, cells, ifzo_BTPHV, segments)
         y_BTHV = layers.layer_norm(h_BTHV, self.norm[...]).astype(x.dtype)
         return y_BTHV.reshape(x.shape), cells | {"conv": tail}
 

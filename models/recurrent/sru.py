@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import nonlinear_scan
 
 
@@ -45,10 +45,10 @@ class Mixer(mixer.Mixer):
                 f"most 20. Use {near}; usual: 0.0 to -3.0."
             )
         dims = ("parts", "channels")
-        self.w = layers.weight(rngs, _maps, (width, 3, width), ("embed", *dims))
-        self.v = layers.weight(rngs, _uniform(0.5), (2, width), dims)
+        self.w = weights.weight(rngs, _maps, (width, 3, width), ("embed", *dims))
+        self.v = weights.weight(rngs, _uniform(0.5), (2, width), dims)
         start = jnp.asarray([0.0, config.highway_bias])[:, None]
-        self.bias = layers.weight(
+        self.bias = weights.weight(
             rngs, lambda key, shape: jnp.broadcast_to(start, shape), (2, width), dims
         )
         self.scale = math.sqrt(1 + 2 * math.exp(config.highway_bias))
@@ -57,11 +57,11 @@ class Mixer(mixer.Mixer):
         dtype = mixer.wide(x.dtype)
         if state is None:
             state = self.init_state(x.shape[0], x.shape[1], x.dtype)
-        u_BTPC = layers.project("btd,dpc->btpc", x, self.w).astype(dtype)
+        u_BTPC = weights.project("btd,dpc->btpc", x, self.w).astype(dtype)
         gates_BTPC = u_BTPC[:, :, 1:] + self.bias[...]
         inputs = (u_BTPC[:, :, 0], gates_BTPC, self.scale * x.astype(dtype))
-        weights = self.v[...].astype(dtype)
-        last, y = nonlinear_scan.scan(_step, weights, state, inputs, segments)
+        of_step = self.v[...].astype(dtype)
+        last, y = nonlinear_scan.scan(_step, of_step, state, inputs, segments)
         return y.astype(x.dtype), last
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from models import layers, mixer, reports
+from models import layers, mixer, reports, weights
 from models.parts import aligned, chosen_blocks, sparse_heads
 
 
@@ -54,11 +54,11 @@ class Mixer(sparse_heads.Attention):
         groups, dim = self.head_shape
         each = config.heads // groups
         shared = "heads" if groups > 1 else "groups"
-        init = layers.fan_in(each, dim)
+        init = weights.fan_in(each, dim)
         names = (shared, "parts", "key", "rank")
-        self.gate_q = layers.weight(rngs, init, (groups, each, dim, inner), names)
-        self.gate_k = layers.weight(
-            rngs, layers.fan_in(dim), (groups, dim, inner), (shared, "key", "rank")
+        self.gate_q = weights.weight(rngs, init, (groups, each, dim, inner), names)
+        self.gate_k = weights.weight(
+            rngs, weights.fan_in(dim), (groups, dim, inner), (shared, "key", "rank")
         )
         self.top, self.imitation = config.top, config.imitation
 
@@ -73,12 +73,12 @@ class Mixer(sparse_heads.Attention):
 
     def _gate(self, exact_BTD, positions_BT) -> tuple[Array, Array]:
         """The gate's queries and keys (B, T, G, E), made of detached queries and keys."""
-        q_BTHK = layers.project("btd,dhk->bthk", exact_BTD, self.q)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", exact_BTD, self.kv)
+        q_BTHK = weights.project("btd,dhk->bthk", exact_BTD, self.q)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", exact_BTD, self.kv)
         q_BTHK, kv_BTPGK = jax.lax.stop_gradient((q_BTHK, kv_BTPGK))
         q_BTGRK = rearrange(q_BTHK, "b t (g r) k -> b t g r k", g=self.head_shape[0])
-        q_BTGE = layers.project("btgrk,grke->btge", q_BTGRK, self.gate_q)
-        k_BTGE = layers.project("btgk,gke->btge", kv_BTPGK[:, :, 0], self.gate_k)
+        q_BTGE = weights.project("btgrk,grke->btge", q_BTGRK, self.gate_q)
+        k_BTGE = weights.project("btgk,gke->btge", kv_BTPGK[:, :, 0], self.gate_k)
         if self.rope_base:
             # One angle a block: to rotate each key so is to rotate their mean.
             start_BT = positions_BT // self.block * self.block

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from models import layers, mixer, reports
+from models import layers, mixer, reports, weights
 from models.parts import aligned, chosen_blocks, sparse_heads
 
 
@@ -53,24 +53,24 @@ class Mixer(sparse_heads.Attention):
             raise ValueError(f"index_dim={dim} is no even number from 2. Use {near}.")
         if config.imitation < 0:
             raise ValueError(f"imitation={config.imitation} is negative. Use 0 (no loss) or more.")
-        self.index_q = layers.inward(rngs, width, (heads, dim), ("heads", "key"))
-        self.index_k = layers.inward(rngs, width, (dim,), ("key",))
-        self.index_w = layers.inward(rngs, width, (heads,), ("heads",))
-        self.norm = layers.filled(rngs, 1.0, (dim,), ("key",))
-        self.norm_bias = layers.filled(rngs, 0.0, (dim,), ("key",))
+        self.index_q = weights.inward(rngs, width, (heads, dim), ("heads", "key"))
+        self.index_k = weights.inward(rngs, width, (dim,), ("key",))
+        self.index_w = weights.inward(rngs, width, (heads,), ("heads",))
+        self.norm = weights.filled(rngs, 1.0, (dim,), ("key",))
+        self.norm_bias = weights.filled(rngs, 0.0, (dim,), ("key",))
         self.top, self.imitation = config.top, config.imitation
 
     def __call__(self, x, *, segments=None, state=None):
         positions_BT = self.positions(x, segments, state)
         q_BTHK, k_BTGK, v_BTGK = self.heads_of(x, positions_BT)
         exact = jax.lax.stop_gradient(x).astype(mixer.wide(x.dtype))
-        q_BTJE = layers.project("btd,dje->btje", exact, self.index_q)
-        k_BTE = layers.project("btd,de->bte", exact, self.index_k)
+        q_BTJE = weights.project("btd,dje->btje", exact, self.index_q)
+        k_BTE = weights.project("btd,de->bte", exact, self.index_k)
         k_BTE = layers.layer_norm(k_BTE, self.norm[...], self.norm_bias[...], eps=1e-6)
         if self.rope_base:
             q_BTJE = layers.rotary(q_BTJE, positions_BT, self.rope_base)
             k_BTE = layers.rotary(k_BTE[:, :, None], positions_BT, self.rope_base)[:, :, 0]
-        w_BTJ = layers.project("btd,dj->btj", exact, self.index_w)
+        w_BTJ = weights.project("btd,dj->btj", exact, self.index_w)
         w_BTJ = w_BTJ * (q_BTJE.shape[2] * q_BTJE.shape[3]) ** -0.5
         queries = {"q": q_BTHK, "index": q_BTJE, "weights": w_BTJ}
         tokens = {"k": k_BTGK, "v": v_BTGK}

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from kernels.block_sparse_attention import patterns
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import aligned, chosen_blocks, sparse_heads
 
 
@@ -55,28 +55,29 @@ class Mixer(sparse_heads.Attention):
         groups, dim = self.head_shape
         shared = "heads" if groups > 1 else "groups"
         self.kv_near, self.kv_far = (
-            layers.inward(rngs, width, (2, groups, dim), ("parts", shared, "key")) for _ in range(2)
+            weights.inward(rngs, width, (2, groups, dim), ("parts", shared, "key"))
+            for _ in range(2)
         )
-        self.gates = layers.inward(rngs, width, (3, config.heads), ("parts", "heads"))
+        self.gates = weights.inward(rngs, width, (3, config.heads), ("parts", "heads"))
         taps = ("parts", "width", "key")
-        self.place = layers.weight(rngs, layers.normal(0.02), (2, config.compress, dim), taps)
-        self.taps = layers.filled(rngs, config.compress**-0.5, (2, config.compress, dim), taps)
+        self.place = weights.weight(rngs, weights.normal(0.02), (2, config.compress, dim), taps)
+        self.taps = weights.filled(rngs, config.compress**-0.5, (2, config.compress, dim), taps)
         square = ("parts", "key", "value")
-        self.mlp_in = layers.weight(rngs, layers.fan_in(dim), (2, dim, dim), square)
-        self.mlp_out = layers.weight(rngs, layers.fan_in(dim), (2, dim, dim), square)
+        self.mlp_in = weights.weight(rngs, weights.fan_in(dim), (2, dim, dim), square)
+        self.mlp_out = weights.weight(rngs, weights.fan_in(dim), (2, dim, dim), square)
         self.compress, self.stride, self.window = config.compress, config.stride, config.window
         self.top, self.first, self.local = config.top, config.first, config.local
 
     def __call__(self, x, *, segments=None, state=None):
         positions_BT = self.positions(x, segments, state)
         q_BTHK, k_BTGK, v_BTGK = self.heads_of(x, positions_BT)
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", x, self.kv_near)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", x, self.kv_near)
         near_BTGK = kv_BTPGK[:, :, 0]
         if self.rope_base:
             near_BTGK = layers.rotary(near_BTGK, positions_BT, self.rope_base)
         exact = x.astype(mixer.wide(x.dtype))
-        gates_BTPH = jax.nn.sigmoid(layers.project("btd,dph->btph", exact, self.gates))
-        exact_BTHK = layers.project("btd,dhk->bthk", exact, self.q)
+        gates_BTPH = jax.nn.sigmoid(weights.project("btd,dph->btph", exact, self.gates))
+        exact_BTHK = weights.project("btd,dhk->bthk", exact, self.q)
         queries = {"q": q_BTHK, "exact": exact_BTHK, "gates": gates_BTPH}
         tokens = {"k": k_BTGK, "v": v_BTGK, "k_near": near_BTGK, "v_near": kv_BTPGK[:, :, 1]}
         o_BTHK, new = aligned.attend(
@@ -92,11 +93,11 @@ class Mixer(sparse_heads.Attention):
             least=self.compress,
             init_state=self.init_state,
         )
-        return layers.project("bthk,hkd->btd", o_BTHK, self.o), new
+        return weights.project("bthk,hkd->btd", o_BTHK, self.o), new
 
     def _summands(self, exact_BTD, positions_BT) -> Array:
         """(B, T, E, 2, G, K): what a token adds to the E compressed blocks that it lies in."""
-        kv_BTPGK = layers.project("btd,dpgk->btpgk", exact_BTD, self.kv_far)
+        kv_BTPGK = weights.project("btd,dpgk->btpgk", exact_BTD, self.kv_far)
         shape = (2, self.compress // self.stride, self.stride, -1)
         place_PEOK, taps_PEOK = (w[...].reshape(shape) for w in (self.place, self.taps))
         at_BT = positions_BT % self.stride
@@ -194,7 +195,7 @@ def _check(config: Config) -> None:
     for name in ("compress", "block"):
         value, stride = getattr(config, name), config.stride
         if stride < 1 or value % stride:
-            near = layers.nearest_divisor(math.gcd(config.compress, config.block), stride)
+            near = checks.nearest_divisor(math.gcd(config.compress, config.block), stride)
             raise ValueError(f"stride={stride} does not divide {name}={value}. Use {near}.")
     if config.compress > config.block:
         raise ValueError(

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from kernels import segments as boundaries
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import aligned, sparse_heads
 
 SELF = 1e5  # what a token's own score is lowered by (section 2, "Causal masking")
@@ -46,7 +46,7 @@ class Mixer(mixer.Mixer):
     """o_i = sum over rounds and keys j of i's bucket of softmax(q_i . k_j / sqrt(K)) v_j."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
-        dim = config.head_dim or layers.split_heads(width, config.heads)
+        dim = config.head_dim or checks.split_heads(width, config.heads)
         half = config.buckets // 2
         if config.buckets < 2 or config.buckets % 2:
             raise ValueError(
@@ -54,11 +54,11 @@ class Mixer(mixer.Mixer):
             )
         sparse_heads.at_least("rounds", config.rounds, 1)
         sparse_heads.at_least("window", config.window, 2, " to see another token")
-        self.qk = layers.inward(rngs, width, (config.heads, dim), ("heads", "key"))
-        self.v = layers.inward(rngs, width, (config.heads, dim), ("heads", "value"))
-        self.o = layers.outward(rngs, (config.heads, dim), width, ("heads", "value"))
+        self.qk = weights.inward(rngs, width, (config.heads, dim), ("heads", "key"))
+        self.v = weights.inward(rngs, width, (config.heads, dim), ("heads", "value"))
+        self.o = weights.outward(rngs, (config.heads, dim), width, ("heads", "value"))
         planes, names = (config.rounds, config.heads, dim, half), ("parts", "heads", "key", "rank")
-        self.planes = layers.weight(rngs, layers.normal(1.0), planes, names)
+        self.planes = weights.weight(rngs, weights.normal(1.0), planes, names)
         self.window, self.buckets = config.window, config.buckets
         self.head_shape = (config.heads, dim)
         self.hash_shape = (config.rounds, config.heads)
@@ -66,9 +66,9 @@ class Mixer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         exact = x.astype(mixer.wide(x.dtype))
         tokens = {
-            "qk": layers.project("btd,dhk->bthk", x, self.qk),
-            "v": layers.project("btd,dhv->bthv", x, self.v),
-            "hash": self._hash(layers.project("btd,dhk->bthk", exact, self.qk)),
+            "qk": weights.project("btd,dhk->bthk", x, self.qk),
+            "v": weights.project("btd,dhv->bthv", x, self.v),
+            "hash": self._hash(weights.project("btd,dhk->bthk", exact, self.qk)),
         }
         batch, count = x.shape[:2]
         old = state or self.init_state(batch, count, x.dtype)
@@ -92,7 +92,7 @@ class Mixer(mixer.Mixer):
             o_BTHV = self._last(tokens["qk"], new)
         else:
             o_BTHV = jax.lax.cond(jnp.all(old["length"] == 0), alone, beside)
-        return layers.project("bthv,hvd->btd", o_BTHV.astype(x.dtype), self.o), new
+        return weights.project("bthv,hvd->btd", o_BTHV.astype(x.dtype), self.o), new
 
     def _hash(self, qk_BTHK) -> Array:
         """(B, T, R, H): 1 + the bucket in each round (0 is an empty slot)."""

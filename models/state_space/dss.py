@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import diagonal
 
 
@@ -49,15 +49,15 @@ class Mixer(mixer.Mixer):
         rate, frequency, _ = diagonal.normal_legs(2 * config.state)
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
         twice = lambda key, shape: jnp.broadcast_to(steps(key, shape[1:]), shape)
-        self.log_dt = layers.weight(rngs, twice, (2, width), ("parts", "channels"))
+        self.log_dt = weights.weight(rngs, twice, (2, width), ("parts", "channels"))
         shared = (config.state,), ("state",)
-        self.log_rate = layers.weight(rngs, diagonal.rows(np.log(rate)), *shared)
-        self.frequency = layers.weight(rngs, diagonal.rows(frequency), *shared)
+        self.log_rate = weights.weight(rngs, diagonal.rows(np.log(rate)), *shared)
+        self.frequency = weights.weight(rngs, diagonal.rows(frequency), *shared)
         shape, dims = (2, width, config.state), ("parts", "channels", "state")
-        self.w = layers.weight(rngs, layers.normal(1.0), shape, dims)
-        self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("channels",))
-        self.o = layers.outward(rngs, (width,), width, ("channels",))
-        self.o_bias = layers.filled(rngs, 0.0, (width,), ("embed",))
+        self.w = weights.weight(rngs, weights.normal(1.0), shape, dims)
+        self.skip = weights.weight(rngs, weights.normal(1.0), (width,), ("channels",))
+        self.o = weights.outward(rngs, (width,), width, ("channels",))
+        self.o_bias = weights.filled(rngs, 0.0, (width,), ("embed",))
 
     def __call__(self, x, *, segments=None, state=None):
         dt, turn = jnp.exp(self.log_dt[...])[..., None]
@@ -73,7 +73,7 @@ class Mixer(mixer.Mixer):
             initial_state=state,
         )
         y_BTD = jax.nn.gelu((y_BTD + self.skip[...] * x).astype(x.dtype))
-        y_BTD = layers.project("btc,cd->btd", y_BTD, self.o) + self.o_bias[...]
+        y_BTD = weights.project("btc,cd->btd", y_BTD, self.o) + self.o_bias[...]
         return y_BTD.astype(x.dtype), h_B2M
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import complex_linear_scan
-from models import layers, mixer
+from models import mixer, weights
 
 
 @dataclasses.dataclass
@@ -49,24 +49,24 @@ class Mixer(mixer.Mixer):
         if not 0 < config.max_phase <= 2 * math.pi:
             raise ValueError(f"max_phase={config.max_phase} must be in (0, 2 pi]; usual: 6.28.")
         state = config.state or width
-        rate = layers.weight(rngs, _ring(low, high), (state,), ("channels",))
+        rate = weights.weight(rngs, _ring(low, high), (state,), ("channels",))
         self.log_rate = rate
-        self.log_phase = layers.weight(rngs, _angles(config.max_phase), (state,), ("channels",))
+        self.log_phase = weights.weight(rngs, _angles(config.max_phase), (state,), ("channels",))
         gain = jnp.log(-jnp.expm1(-2 * jnp.exp(rate[...]))) / 2
-        self.log_gain = layers.weight(rngs, lambda key, shape: gain, (state,), ("channels",))
-        into = layers.fan_in(2 * width)
-        self.b = layers.weight(rngs, into, (width, 2, state), ("embed", "parts", "channels"))
-        self.c = layers.weight(
-            rngs, layers.fan_in(state), (2, state, width), ("parts", "channels", "embed")
+        self.log_gain = weights.weight(rngs, lambda key, shape: gain, (state,), ("channels",))
+        into = weights.fan_in(2 * width)
+        self.b = weights.weight(rngs, into, (width, 2, state), ("embed", "parts", "channels"))
+        self.c = weights.weight(
+            rngs, weights.fan_in(state), (2, state, width), ("parts", "channels", "embed")
         )
-        self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("embed",))
-        out = layers.fan_in(width)
-        self.o = layers.weight(rngs, out, (width, 2, width), ("channels", "parts", "embed"))
-        self.o_bias = layers.filled(rngs, 0.0, (2, width), ("parts", "embed"))
+        self.skip = weights.weight(rngs, weights.normal(1.0), (width,), ("embed",))
+        out = weights.fan_in(width)
+        self.o = weights.weight(rngs, out, (width, 2, width), ("channels", "parts", "embed"))
+        self.o_bias = weights.filled(rngs, 0.0, (2, width), ("parts", "embed"))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
-        u_BTPN = layers.project("btd,dpn->btpn", x, self.b).astype(dtype)
+        u_BTPN = weights.project("btd,dpn->btpn", x, self.b).astype(dtype)
         u_BTPN = u_BTPN * jnp.exp(self.log_gain[...])
         (real_BTN, imag_BTN), h_B2N = complex_linear_scan(
             u_BTPN[:, :, 0],
@@ -77,9 +77,9 @@ class Mixer(mixer.Mixer):
             initial_state=state,
         )
         h_BTPN = jnp.stack([real_BTN, -imag_BTN], axis=2).astype(x.dtype)
-        y_BTD = layers.project("btpn,pnd->btd", h_BTPN, self.c)
+        y_BTD = weights.project("btpn,pnd->btd", h_BTPN, self.c)
         y_BTD = jax.nn.gelu((y_BTD + self.skip[...] * x).astype(x.dtype))
-        o_BTPD = layers.project("btc,cpd->btpd", y_BTD, self.o) + self.o_bias[...]
+        o_BTPD = weights.project("btc,cpd->btpd", y_BTD, self.o) + self.o_bias[...]
         return (o_BTPD[:, :, 0] * jax.nn.sigmoid(o_BTPD[:, :, 1])).astype(x.dtype), h_B2N
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

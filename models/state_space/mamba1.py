@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.selective_scan import selective_scan
-from models import layers, mixer
+from models import layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -51,29 +51,29 @@ class Mixer(mixer.Mixer):
                 f"usual: 0.001 and 0.1."
             )
         inner, rank = config.expand * width, config.dt_rank or -(-width // 16)
-        self.uz = layers.inward(rngs, width, (2, inner), ("parts", "channels"))
+        self.uz = weights.inward(rngs, width, (2, inner), ("parts", "channels"))
         self.conv = layers.ShortConv(
             (inner,), ("channels",), rngs, width=config.conv, activation="silu"
         )
-        to_rank = layers.fan_in(inner)
-        self.bc = layers.weight(
+        to_rank = weights.fan_in(inner)
+        self.bc = weights.weight(
             rngs, to_rank, (inner, 2, config.state), ("channels", "parts", "state")
         )
-        self.dt_down = layers.weight(rngs, to_rank, (inner, rank), ("channels", "rank"))
-        self.dt_up = layers.weight(rngs, _uniform(rank**-0.5), (rank, inner), ("rank", "channels"))
-        steps = layers.inverse_softplus(config.dt_min, config.dt_max)
-        self.dt_bias = layers.weight(rngs, steps, (inner,), ("channels",))
-        self.log_a = layers.weight(rngs, _s4d_real, (inner, config.state), ("channels", "state"))
-        self.skip = layers.filled(rngs, 1.0, (inner,), ("channels",))
-        self.o = layers.outward(rngs, (inner,), width, ("channels",))
+        self.dt_down = weights.weight(rngs, to_rank, (inner, rank), ("channels", "rank"))
+        self.dt_up = weights.weight(rngs, _uniform(rank**-0.5), (rank, inner), ("rank", "channels"))
+        steps = weights.inverse_softplus(config.dt_min, config.dt_max)
+        self.dt_bias = weights.weight(rngs, steps, (inner,), ("channels",))
+        self.log_a = weights.weight(rngs, _s4d_real, (inner, config.state), ("channels", "state"))
+        self.skip = weights.filled(rngs, 1.0, (inner,), ("channels",))
+        self.o = weights.outward(rngs, (inner,), width, ("channels",))
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"conv": None, "h": None}
-        uz_BTPC = layers.project("btd,dpc->btpc", x, self.uz)
+        uz_BTPC = weights.project("btd,dpc->btpc", x, self.uz)
         u_BTC, tail = self.conv(uz_BTPC[:, :, 0], segments=segments, state=state["conv"])
-        bc_BTPN = layers.project("btc,cpn->btpn", u_BTC, self.bc)
-        low_BTR = layers.project("btc,cr->btr", u_BTC, self.dt_down)
-        dt_BTC = layers.project("btr,rc->btc", low_BTR, self.dt_up).astype(mixer.wide(x.dtype))
+        bc_BTPN = weights.project("btc,cpn->btpn", u_BTC, self.bc)
+        low_BTR = weights.project("btc,cr->btr", u_BTC, self.dt_down)
+        dt_BTC = weights.project("btr,rc->btc", low_BTR, self.dt_up).astype(mixer.wide(x.dtype))
         y_BTC, h_BCN = selective_scan(
             u_BTC,
             jax.nn.softplus(dt_BTC + self.dt_bias[...]),
@@ -85,7 +85,7 @@ class Mixer(mixer.Mixer):
             initial_state=state["h"],
         )
         y_BTC = y_BTC * jax.nn.silu(uz_BTPC[:, :, 1])
-        return layers.project("btc,cd->btd", y_BTC, self.o), {"conv": tail, "h": h_BCN}
+        return weights.project("btc,cd->btd", y_BTC, self.o), {"conv": tail, "h": h_BCN}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The convolution's tail and the state (B, C, N), all zero."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -41,41 +41,43 @@ class Mixer(mixer.Mixer):
             config.groups,
             config.state,
         )
-        heads = layers.split_heads(inner, dim, "head_dim", "expand * width =")
+        heads = checks.split_heads(inner, dim, "head_dim", "expand * width =")
         if groups < 1 or heads % groups:
-            near = layers.nearest_divisor(heads, groups)
+            near = checks.nearest_divisor(heads, groups)
             raise ValueError(f"groups={groups} does not divide the {heads} heads. Use {near}.")
-        init = layers.fan_in(width)
+        init = weights.fan_in(width)
         head_dims, group_dims = ("heads", "value"), ("parts", "groups", "state")
-        self.z = layers.weight(rngs, init, (width, heads, dim), ("embed", *head_dims))
-        self.x = layers.weight(rngs, init, (width, heads, dim), ("embed", *head_dims))
-        self.bc = layers.weight(rngs, init, (width, 2, groups, state), ("embed", *group_dims))
-        self.dt = layers.weight(rngs, init, (width, heads), ("embed", "heads"))
+        self.z = weights.weight(rngs, init, (width, heads, dim), ("embed", *head_dims))
+        self.x = weights.weight(rngs, init, (width, heads, dim), ("embed", *head_dims))
+        self.bc = weights.weight(rngs, init, (width, 2, groups, state), ("embed", *group_dims))
+        self.dt = weights.weight(rngs, init, (width, heads), ("embed", "heads"))
         conv: dict[str, Any] = dict(width=config.conv, activation="silu")
         self.x_conv = layers.ShortConv((heads, dim), head_dims, rngs, **conv)
         self.bc_conv = layers.ShortConv((2, groups, state), group_dims, rngs, **conv)
-        self.dt_bias = layers.weight(rngs, layers.inverse_softplus(1e-3, 0.1), (heads,), ("heads",))
-        self.log_a = layers.weight(rngs, layers.log_uniform(1.0, 16.0), (heads,), ("heads",))
-        self.skip = layers.weight(rngs, layers.constant(1.0), (heads,), ("heads",))
-        self.norm = layers.weight(rngs, layers.constant(1.0), (heads, dim), head_dims)
-        out = layers.fan_in(inner)
-        self.o = layers.weight(rngs, out, (heads, dim, width), (*head_dims, "embed"))
+        self.dt_bias = weights.weight(
+            rngs, weights.inverse_softplus(1e-3, 0.1), (heads,), ("heads",)
+        )
+        self.log_a = weights.weight(rngs, weights.log_uniform(1.0, 16.0), (heads,), ("heads",))
+        self.skip = weights.weight(rngs, weights.constant(1.0), (heads,), ("heads",))
+        self.norm = weights.weight(rngs, weights.constant(1.0), (heads, dim), head_dims)
+        out = weights.fan_in(inner)
+        self.o = weights.weight(rngs, out, (heads, dim, width), (*head_dims, "embed"))
         self.state_shape = (heads, state, dim)
         self.groups = groups
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"x": None, "bc": None, "s": None}
         u_BTHP, x_tail = self.x_conv(
-            layers.project("btd,dhp->bthp", x, self.x),
+            weights.project("btd,dhp->bthp", x, self.x),
             segments=segments,
             state=state["x"],
         )
         bc_BTPGN, bc_tail = self.bc_conv(
-            layers.project("btd,dpgn->btpgn", x, self.bc),
+            weights.project("btd,dpgn->btpgn", x, self.bc),
             segments=segments,
             state=state["bc"],
         )
-        dt_BTH = layers.project("btd,dh->bth", x, self.dt).astype(mixer.wide(x.dtype))
+        dt_BTH = weights.project("btd,dh->bth", x, self.dt).astype(mixer.wide(x.dtype))
         dt_BTH = jax.nn.softplus(dt_BTH + self.dt_bias[...])
         y_BTHP, s_BHNP = gated_linear(
             bc_BTPGN[:, :, 1],
@@ -88,9 +90,9 @@ class Mixer(mixer.Mixer):
         )
         # In float32: the gradient of a skip is a sum over tokens that nearly cancels.
         y_BTHP = (y_BTHP + u_BTHP * self.skip[...][:, None]).astype(x.dtype)
-        z_BTHP = layers.project("btd,dhp->bthp", x, self.z)
+        z_BTHP = weights.project("btd,dhp->bthp", x, self.z)
         y_BTHP = self._gated_norm(y_BTHP * jax.nn.silu(z_BTHP))
-        y = layers.project("bthp,hpd->btd", y_BTHP, self.o)
+        y = weights.project("bthp,hpd->btd", y_BTHP, self.o)
         return y, {"x": x_tail, "bc": bc_tail, "s": s_BHNP}
 
     def _gated_norm(self, y_BTHP):

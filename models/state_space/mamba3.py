@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
 from kernels.linear_scan import linear_scan
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 LEAST_RATE = 1e-4  # of the decay, as in the released code
 
@@ -57,7 +57,7 @@ class Mixer(mixer.Mixer):
             config.state,
             config.rank,
         )
-        heads = layers.split_heads(inner, dim, "head_dim", "expand * width =")
+        heads = checks.split_heads(inner, dim, "head_dim", "expand * width =")
         if rank < 1:
             raise ValueError(f"rank={rank} must be at least 1 (SISO); the paper's MIMO uses 4.")
         pairs = int(state * config.rotated) // 2
@@ -67,25 +67,25 @@ class Mixer(mixer.Mixer):
                 f"rotated must be in (0, 1] and the paper uses 0.5."
             )
         head_dims = ("heads", "value")
-        self.zx = layers.inward(rngs, width, (2, heads, dim), ("parts", *head_dims))
-        self.bc = layers.inward(rngs, width, (2, rank, state), ("parts", "groups", "state"))
-        self.gates = layers.inward(rngs, width, (3, heads), ("parts", "heads"))
-        self.angles = layers.inward(rngs, width, (pairs,), ("rank",))
-        self.bc_norm = layers.filled(rngs, 1.0, (2, 1, state), ("parts", "groups", "state"))
+        self.zx = weights.inward(rngs, width, (2, heads, dim), ("parts", *head_dims))
+        self.bc = weights.inward(rngs, width, (2, rank, state), ("parts", "groups", "state"))
+        self.gates = weights.inward(rngs, width, (3, heads), ("parts", "heads"))
+        self.angles = weights.inward(rngs, width, (pairs,), ("rank",))
+        self.bc_norm = weights.filled(rngs, 1.0, (2, 1, state), ("parts", "groups", "state"))
         bias_dims = ("parts", "groups", "heads", "state")
-        self.bc_bias = layers.filled(rngs, 1.0, (2, rank, heads, state), bias_dims)
-        steps = layers.inverse_softplus(1e-3, 0.1)
-        self.dt_bias = layers.weight(rngs, steps, (heads,), ("heads",))
-        self.skip = layers.filled(rngs, 1.0, (heads,), ("heads",))
+        self.bc_bias = weights.filled(rngs, 1.0, (2, rank, heads, state), bias_dims)
+        steps = weights.inverse_softplus(1e-3, 0.1)
+        self.dt_bias = weights.weight(rngs, steps, (heads,), ("heads",))
+        self.skip = weights.filled(rngs, 1.0, (heads,), ("heads",))
         # x, z and the output of each rank; one rank takes them as they are.
         shape, dims = (3, rank, heads, dim), ("parts", "groups", *head_dims)
-        self.ranks = None if rank == 1 else layers.weight(rngs, _mean_of_ranks, shape, dims)
-        self.o = layers.outward(rngs, (heads, dim), width, head_dims)
+        self.ranks = None if rank == 1 else weights.weight(rngs, _mean_of_ranks, shape, dims)
+        self.o = weights.outward(rngs, (heads, dim), width, head_dims)
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or self.init_state(x.shape[0], x.shape[1], x.dtype)
         dtype = mixer.wide(x.dtype)
-        zx_BTPHV = layers.project("btd,dphv->btphv", x, self.zx)
+        zx_BTPHV = weights.project("btd,dphv->btphv", x, self.zx)
         rate_BTH, dt_BTH, share_BTH = self._gates(x)
         b_BTRHN, c_BTRHN, angle = self._in_and_out(x, dt_BTH, segments, state["angle"])
         x_BTHV, gamma_BTH = zx_BTPHV[:, :, 1], share_BTH * dt_BTH
@@ -108,23 +108,23 @@ class Mixer(mixer.Mixer):
         # In float32: the gradient of a skip is a sum over tokens that nearly cancels.
         y_BTRHV = (y_BTRHV + self.skip[...][:, None] * x_BTRHV).astype(x.dtype)
         y_BTRHV = y_BTRHV * jax.nn.silu(self._ranked(zx_BTPHV[:, :, 0], 1))
-        y = layers.project("bthv,hvd->btd", self._joined(y_BTRHV), self.o)
+        y = weights.project("bthv,hvd->btd", self._joined(y_BTRHV), self.o)
         tails = {"b": b_tail, "x": x_tail, "gamma": gamma_tail[:, 0]}
         return y, tails | {"angle": angle, "s": s_BHNV}
 
     def _gates(self, x):
         """Decay rate -A_t, step dt_t and the share lambda_t of the token's own input, (B, T, H)."""
-        gates_BTPH = layers.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
+        gates_BTPH = weights.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
         rate_BTH = jnp.maximum(jax.nn.softplus(gates_BTPH[:, :, 0]), LEAST_RATE)
         dt_BTH = jax.nn.softplus(gates_BTPH[:, :, 1] + self.dt_bias[...])
         return rate_BTH, dt_BTH, jax.nn.sigmoid(gates_BTPH[:, :, 2])
 
     def _in_and_out(self, x, dt_BTH, segments, angle_BHS):
         """B_t and C_t, normalised, biased and turned by the angles so far; and the last angle."""
-        bc_BTPRN = layers.project("btd,dprn->btprn", x, self.bc)
+        bc_BTPRN = weights.project("btd,dprn->btprn", x, self.bc)
         bc_BTPRN = layers.rms_norm(bc_BTPRN, self.bc_norm[...], eps=1e-5)
         bc_BTPRHN = bc_BTPRN[..., None, :] + self.bc_bias[...]
-        speed_BTS = jnp.tanh(layers.project("btd,ds->bts", x, self.angles).astype(dt_BTH.dtype))
+        speed_BTS = jnp.tanh(weights.project("btd,ds->bts", x, self.angles).astype(dt_BTH.dtype))
         turn_BTHS = math.pi * dt_BTH[..., None] * speed_BTS[:, :, None]
         flat = turn_BTHS.reshape(*dt_BTH.shape[:2], -1)
         angle_BTM, last = linear_scan(

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import diagonal
 
 
@@ -53,15 +53,15 @@ class Mixer(mixer.Mixer):
         modes = STARTS[config.start](config.state)
         dims, shape = ("channels", "state"), (width, config.state // 2)
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
-        self.log_dt = layers.weight(rngs, steps, (width,), ("channels",))
-        self.log_rate = layers.weight(rngs, diagonal.rows(np.log(-modes.real)), shape, dims)
-        self.frequency = layers.weight(rngs, diagonal.rows(modes.imag), shape, dims)
-        self.c = layers.weight(rngs, layers.normal(0.5**0.5), (2, *shape), ("parts", *dims))
-        self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("channels",))
-        self.o = layers.weight(
-            rngs, layers.fan_in(width), (width, 2, width), ("channels", "parts", "embed")
+        self.log_dt = weights.weight(rngs, steps, (width,), ("channels",))
+        self.log_rate = weights.weight(rngs, diagonal.rows(np.log(-modes.real)), shape, dims)
+        self.frequency = weights.weight(rngs, diagonal.rows(modes.imag), shape, dims)
+        self.c = weights.weight(rngs, weights.normal(0.5**0.5), (2, *shape), ("parts", *dims))
+        self.skip = weights.weight(rngs, weights.normal(1.0), (width,), ("channels",))
+        self.o = weights.weight(
+            rngs, weights.fan_in(width), (width, 2, width), ("channels", "parts", "embed")
         )
-        self.o_bias = layers.filled(rngs, 0.0, (2, width), ("parts", "embed"))
+        self.o_bias = weights.filled(rngs, 0.0, (2, width), ("parts", "embed"))
         self.rule = config.discretization
 
     def __call__(self, x, *, segments=None, state=None):
@@ -70,7 +70,7 @@ class Mixer(mixer.Mixer):
             x, log_decay, phase, read, segments=segments, initial_state=state
         )
         y_BTD = jax.nn.gelu((y_BTD + self.skip[...] * x).astype(x.dtype))
-        o_BTPD = layers.project("btc,cpd->btpd", y_BTD, self.o) + self.o_bias[...]
+        o_BTPD = weights.project("btc,cpd->btpd", y_BTD, self.o) + self.o_bias[...]
         return (o_BTPD[:, :, 0] * jax.nn.sigmoid(o_BTPD[:, :, 1])).astype(x.dtype), h_B2M
 
     def _discrete(self):

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.linear_scan import complex_linear_scan
-from models import layers, mixer
+from models import mixer, weights
 from models.parts import diagonal
 
 
@@ -53,31 +53,31 @@ class Mixer(mixer.Mixer):
         rate, frequency, vectors = diagonal.normal_legs(size)
         repeat = lambda part: diagonal.rows(np.tile(part, blocks))
         steps = diagonal.log_steps(config.dt_min, config.dt_max)
-        self.log_dt = layers.weight(rngs, steps, (modes,), ("channels",))
-        self.rate = layers.weight(rngs, repeat(rate), (modes,), ("channels",))
-        self.frequency = layers.weight(rngs, repeat(frequency), (modes,), ("channels",))
+        self.log_dt = weights.weight(rngs, steps, (modes,), ("channels",))
+        self.rate = weights.weight(rngs, repeat(rate), (modes,), ("channels",))
+        self.frequency = weights.weight(rngs, repeat(frequency), (modes,), ("channels",))
         into = _turned(vectors.conj(), blocks, width, 1)
-        self.b = layers.weight(rngs, into, (width, 2, modes), ("embed", "parts", "channels"))
+        self.b = weights.weight(rngs, into, (width, 2, modes), ("embed", "parts", "channels"))
         out = _turned(vectors, blocks, width, 2)
-        self.c = layers.weight(rngs, out, (width, 2, modes), ("embed", "parts", "channels"))
-        self.skip = layers.weight(rngs, layers.normal(1.0), (width,), ("embed",))
-        self.gate = layers.outward(rngs, (width,), width, ("channels",))
-        self.gate_bias = layers.filled(rngs, 0.0, (width,), ("embed",))
+        self.c = weights.weight(rngs, out, (width, 2, modes), ("embed", "parts", "channels"))
+        self.skip = weights.weight(rngs, weights.normal(1.0), (width,), ("embed",))
+        self.gate = weights.outward(rngs, (width,), width, ("channels",))
+        self.gate_bias = weights.filled(rngs, 0.0, (width,), ("embed",))
 
     def __call__(self, x, *, segments=None, state=None):
         dtype = mixer.wide(x.dtype)
         log_decay, phase, into = diagonal.zero_order_hold(
             jnp.exp(self.log_dt[...]), jnp.maximum(self.rate[...], SLOWEST), self.frequency[...]
         )
-        u_BTPN = layers.project("btd,dpn->btpn", x, self.b).astype(dtype)
+        u_BTPN = weights.project("btd,dpn->btpn", x, self.b).astype(dtype)
         u_PBTN = diagonal.times(u_BTPN.transpose(2, 0, 1, 3), into[:, None, None])
         (real_BTN, imag_BTN), h_B2N = complex_linear_scan(
             u_PBTN[0], u_PBTN[1], log_decay, phase, segments=segments, initial_state=state
         )
         h_BTPN = 2 * jnp.stack([real_BTN, -imag_BTN], axis=2).astype(x.dtype)
-        y_BTD = layers.project("btpn,dpn->btd", h_BTPN, self.c) + self.skip[...] * x
+        y_BTD = weights.project("btpn,dpn->btd", h_BTPN, self.c) + self.skip[...] * x
         y_BTD = jax.nn.gelu(y_BTD.astype(x.dtype))
-        gate_BTD = layers.project("btc,cd->btd", y_BTD, self.gate) + self.gate_bias[...]
+        gate_BTD = weights.project("btc,cd->btd", y_BTD, self.gate) + self.gate_bias[...]
         return (y_BTD * jax.nn.sigmoid(gate_BTD)).astype(x.dtype), h_B2N
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
@@ -89,7 +89,7 @@ def _turned(vectors, blocks, width, parts):
     """Real (1 part) or complex (2) numbers of variance 1 / P a part, in the blocks' eigenbasis."""
 
     def init(key, shape):
-        drawn = layers.fan_in(blocks * len(vectors))(key, (parts, width, blocks, len(vectors)))
+        drawn = weights.fan_in(blocks * len(vectors))(key, (parts, width, blocks, len(vectors)))
         drawn = jnp.pad(drawn, ((0, 2 - parts), (0, 0), (0, 0), (0, 0)))
         by_real, by_imag = (
             jnp.einsum("pdjs,sm->pdjm", drawn, part) for part in (vectors.real, vectors.imag)

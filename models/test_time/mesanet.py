@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.gated_linear import gated_linear
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, floor = config.heads, config.ridge_floor
-        dim = config.head_dim or layers.split_heads(width, heads)
+        dim = config.head_dim or checks.split_heads(width, heads)
         if dim < 1:
             raise ValueError(f"head_dim={dim} is negative. Use 0 (width / heads) or at least 1.")
         if config.steps < 1:
@@ -55,28 +55,28 @@ class Mixer(mixer.Mixer):
         if not 0 < floor < 1:
             raise ValueError(f"ridge_floor={floor} must be between 0 and 1; the release has 0.25.")
         names = ("parts", "heads", "key")
-        self.qk = layers.inward(rngs, width, (2, heads, dim), names)
+        self.qk = weights.inward(rngs, width, (2, heads, dim), names)
         conv = functools.partial(layers.ShortConv, width=config.conv, bias=False)
         self.qk_conv = conv((2, heads, dim), names, rngs, activation="silu")
-        self.v = layers.inward(rngs, width, (heads, dim), ("heads", "value"))
-        self.gates = layers.inward(rngs, width, (2, heads), ("parts", "heads"))
-        self.gate_bias = layers.filled(rngs, 0.0, (2, heads), ("parts", "heads"))
+        self.v = weights.inward(rngs, width, (heads, dim), ("heads", "value"))
+        self.gates = weights.inward(rngs, width, (2, heads), ("parts", "heads"))
+        self.gate_bias = weights.filled(rngs, 0.0, (2, heads), ("parts", "heads"))
         one = math.log(math.expm1(1 - floor))
-        self.ridge = layers.filled(rngs, one, (heads, dim), ("heads", "key"))
-        self.norm = layers.filled(rngs, 1.0, (dim,), ("value",))
-        self.o = layers.outward(rngs, (heads, dim), width, ("heads", "value"))
+        self.ridge = weights.filled(rngs, one, (heads, dim), ("heads", "key"))
+        self.norm = weights.filled(rngs, 1.0, (dim,), ("value",))
+        self.o = weights.outward(rngs, (heads, dim), width, ("heads", "value"))
         self.steps, self.floor = config.steps, floor
 
     def __call__(self, x, *, segments=None, state=None):
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if state is None else state
         dtype = mixer.wide(x.dtype)
         qk_BTPHK, tail = self.qk_conv(
-            layers.project("btd,dphk->btphk", x, self.qk), segments=segments, state=old["qk"]
+            weights.project("btd,dphk->btphk", x, self.qk), segments=segments, state=old["qk"]
         )
         qk_BTPHK = layers.l2_norm(qk_BTPHK).astype(dtype)
         q_BTHK, k_BTHK = qk_BTPHK[:, :, 0], qk_BTPHK[:, :, 1]
-        v_BTHV = layers.project("btd,dhv->bthv", x, self.v).astype(dtype)
-        gates_BTPH = layers.project("btd,dph->btph", x, self.gates).astype(dtype)
+        v_BTHV = weights.project("btd,dhv->bthv", x, self.v).astype(dtype)
+        gates_BTPH = weights.project("btd,dph->btph", x, self.gates).astype(dtype)
         gates_BTPH = gates_BTPH + self.gate_bias[...]
         log_decay_BTH = jax.nn.log_sigmoid(gates_BTPH[:, :, 0])
         beta_BTH1 = jax.nn.sigmoid(gates_BTPH[:, :, 1])[..., None]
@@ -89,7 +89,7 @@ class Mixer(mixer.Mixer):
         )
         _, h_BHKK = after(x_BTHK, *operands[:3], initial_state=old["h"])
         o_BTHV = layers.rms_norm(o_BTHV, self.norm[...], eps=1e-5).astype(x.dtype)
-        y = layers.project("bthv,hvd->btd", o_BTHV, self.o)
+        y = weights.project("bthv,hvd->btd", o_BTHV, self.o)
         return y, {"qk": tail, "h": h_BHKK, "g": g_BHKV}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
-from models import cache, layers, mixer
+from models import cache, checks, layers, mixer, weights
 from models.parts import inner_loop
 from models.parts.neural_memory import Memory, Steps, taken
 
@@ -49,7 +49,7 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads, window = config.heads, config.window
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         if config.batch < 1:
             raise ValueError(f"batch={config.batch} tokens must be at least 1; usual: 16.")
         if config.persistent < 0:
@@ -57,13 +57,13 @@ class Mixer(mixer.Mixer):
         if window < 0:
             raise ValueError(f"window={window} is negative. Use 0 (no attention) or at least 1.")
         if window and dim % 2:
-            near = layers.nearest_divisor(width // 2, heads)
+            near = checks.nearest_divisor(width // 2, heads)
             raise ValueError(
                 f"heads={heads} makes heads of {dim} channels, which rotary positions cannot pair. "
                 f"Use {near}."
             )
         names = ("heads", "key")
-        self.qkv = layers.inward(rngs, width, (3, heads, dim), ("parts", *names))
+        self.qkv = weights.inward(rngs, width, (3, heads, dim), ("parts", *names))
         self.conv = layers.ShortConv(
             (3, heads, dim), ("parts", *names), rngs, width=config.conv, activation="silu"
         )
@@ -76,15 +76,15 @@ class Mixer(mixer.Mixer):
             rate=config.rate,
             clip=config.clip,
         )
-        self.persistent = layers.weight(
-            rngs, layers.normal(1.0), (config.persistent, width), ("parts", "embed")
+        self.persistent = weights.weight(
+            rngs, weights.normal(1.0), (config.persistent, width), ("parts", "embed")
         )
-        self.z = layers.inward(rngs, width, (heads, dim), names)
-        self.norm = layers.filled(rngs, 1.0, (heads, dim), names)
-        self.o = layers.outward(rngs, (heads, dim), width, names)
+        self.z = weights.inward(rngs, width, (heads, dim), names)
+        self.norm = weights.filled(rngs, 1.0, (heads, dim), names)
+        self.o = weights.outward(rngs, (heads, dim), width, names)
         if window:
-            self.read = layers.inward(rngs, width, (3, heads, dim), ("parts", *names))
-            self.out = layers.outward(rngs, (heads, dim), width, names)
+            self.read = weights.inward(rngs, width, (3, heads, dim), ("parts", *names))
+            self.out = weights.outward(rngs, (heads, dim), width, names)
         self.batch, self.window, self.rope_base = config.batch, window, config.rope_base
 
     def __call__(self, x, *, segments=None, state=None):
@@ -94,10 +94,10 @@ class Mixer(mixer.Mixer):
         at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.batch)
         body = self._chunk(self._beginning(x.dtype), training and segments is None)
         held, o_BTHK = inner_loop.scan(body, old["memory"], inputs, at, self.batch)
-        z_BTHK = layers.project("btd,dhk->bthk", x, self.z)
+        z_BTHK = weights.project("btd,dhk->bthk", x, self.z)
         gate_BTHK = jax.nn.silu(z_BTHK.astype(o_BTHK.dtype))
         o_BTHK = layers.rms_norm(o_BTHK, self.norm[...]) * gate_BTHK
-        y = layers.project("bthk,hkd->btd", o_BTHK.astype(x.dtype), self.o)
+        y = weights.project("bthk,hkd->btd", o_BTHK.astype(x.dtype), self.o)
         new = {"qkv": tail, "memory": held, "length": length_B}
         if self.window:
             y, new["seen"] = self._attend(y, segments, old["seen"], training)
@@ -105,7 +105,7 @@ class Mixer(mixer.Mixer):
 
     def _inputs(self, x, segments, tail):
         """q, k, v and the gates, ready for the memory; and the convolution's tail."""
-        qkv_BTPHK = layers.project("btd,dphk->btphk", x, self.qkv)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", x, self.qkv)
         qkv_BTPHK, tail = self.conv(qkv_BTPHK, segments=segments, state=tail)
         qkv_BTPHK = qkv_BTPHK.astype(mixer.wide(x.dtype))
         q_BTHK, k_BTHK = (layers.l2_norm(qkv_BTPHK[:, :, n]) for n in (0, 1))
@@ -148,7 +148,7 @@ class Mixer(mixer.Mixer):
     def _attend(self, y, segments, old, training):
         """Attention of each token to the memory's last outputs."""
         positions_BT = cache.positions(old["length"], segments, y.shape[1])
-        qkv_BTPHK = layers.project("btd,dphk->btphk", y, self.read)
+        qkv_BTPHK = weights.project("btd,dphk->btphk", y, self.read)
         q_BTHK, k_BTHK = (
             layers.rotary(qkv_BTPHK[:, :, n], positions_BT, self.rope_base) for n in (0, 1)
         )
@@ -164,7 +164,7 @@ class Mixer(mixer.Mixer):
                 q_BTHK, seen["k"], seen["v"], window=window, **where
             ),
         )
-        return layers.project("bthk,hkd->btd", o_BTHK, self.out), new
+        return weights.project("bthk,hkd->btd", o_BTHK, self.out), new
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The convolution's tail, the memory less what a document begins with and the tokens read;

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import layers, mixer
+from models import checks, layers, mixer, weights
 from models.parts import inner_loop
 from models.parts.neural_memory import Memory, Steps, taken
 
@@ -48,9 +48,9 @@ class Mixer(mixer.Mixer):
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         heads = config.heads
-        dim = layers.split_heads(width, heads)
+        dim = checks.split_heads(width, heads)
         if dim % 2:
-            near = layers.nearest_divisor(width // 2, heads)
+            near = checks.nearest_divisor(width // 2, heads)
             raise ValueError(
                 f"heads={heads} makes heads of {dim} channels, which rotary positions cannot pair. "
                 f"Use {near}."
@@ -60,15 +60,15 @@ class Mixer(mixer.Mixer):
         if config.persistent < 0:
             raise ValueError(f"persistent={config.persistent} is negative. Use 0 or more.")
         names = ("heads", "key")
-        self.ask = layers.inward(rngs, width, (heads, dim), names)
-        self.recall = layers.outward(rngs, (heads, dim), width, names)
-        self.q = layers.inward(rngs, width, (heads, dim), names)
-        self.kv = layers.inward(rngs, width, (2, heads, dim), ("parts", *names))
-        self.persistent = layers.weight(
-            rngs, layers.normal(1.0), (config.persistent, width), ("parts", "embed")
+        self.ask = weights.inward(rngs, width, (heads, dim), names)
+        self.recall = weights.outward(rngs, (heads, dim), width, names)
+        self.q = weights.inward(rngs, width, (heads, dim), names)
+        self.kv = weights.inward(rngs, width, (2, heads, dim), ("parts", *names))
+        self.persistent = weights.weight(
+            rngs, weights.normal(1.0), (config.persistent, width), ("parts", "embed")
         )
-        self.out = layers.outward(rngs, (heads, dim), width, names)
-        self.learn = layers.inward(rngs, width, (3, heads, dim), ("parts", *names))
+        self.out = weights.outward(rngs, (heads, dim), width, names)
+        self.learn = weights.inward(rngs, width, (3, heads, dim), ("parts", *names))
         self.memory = Memory(
             width,
             heads,
@@ -78,7 +78,7 @@ class Mixer(mixer.Mixer):
             rate=config.rate,
             clip=config.clip,
         )
-        self.gate = layers.outward(rngs, (heads, dim), width, names)
+        self.gate = weights.outward(rngs, (heads, dim), width, names)
         self.norm = layers.RMSNorm(width, rngs)
         self.segment, self.rope_base = config.segment, config.rope_base
 
@@ -86,8 +86,8 @@ class Mixer(mixer.Mixer):
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if state is None else state
         at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.segment)
         place_BT = at.place[:, : x.shape[1]]
-        ask_BTHK = layers.project("btd,dhk->bthk", x, self.ask).astype(mixer.wide(x.dtype))
-        q_BTHK = layers.project("btd,dhk->bthk", x, self.q)
+        ask_BTHK = weights.project("btd,dhk->bthk", x, self.ask).astype(mixer.wide(x.dtype))
+        q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
         inputs = (
             layers.l2_norm(ask_BTHK),
             layers.rotary(q_BTHK, place_BT, self.rope_base),
@@ -100,7 +100,7 @@ class Mixer(mixer.Mixer):
 
     def _keys(self, x, place_BT):
         """Keys and values (B, T, 2, H, K) of tokens in the residual stream."""
-        kv_BTPHK = layers.project("btd,dphk->btphk", x, self.kv)
+        kv_BTPHK = weights.project("btd,dphk->btphk", x, self.kv)
         k_BTHK = layers.rotary(kv_BTPHK[:, :, 0], place_BT, self.rope_base)
         return jnp.stack([k_BTHK, kv_BTPHK[:, :, 1]], axis=2)
 
@@ -120,13 +120,13 @@ class Mixer(mixer.Mixer):
             def attend(terms):
                 """y, and the keys and values of what was recalled and of the tokens."""
                 recalled_BCHK = memory.read(ask_BCHK, terms).astype(dtype)
-                recalled_BCD = layers.project("bthk,hkd->btd", recalled_BCHK, self.recall)
+                recalled_BCD = weights.project("bthk,hkd->btd", recalled_BCHK, self.recall)
                 new_BCRPHK = jnp.stack([self._keys(recalled_BCD, at.place), own_BCPHK], axis=2)
                 groups = [(new_BCRPHK, masks.pair)]
                 if not alone:
                     groups.append((seen_BSRPHK, masks.same[..., None] & before_BS[:, None]))
                 y_BCHK = _attention(q_BCHK, always_1PPHK, groups)
-                return layers.project("bthk,hkd->btd", y_BCHK, self.out), new_BCRPHK
+                return weights.project("bthk,hkd->btd", y_BCHK, self.out), new_BCRPHK
 
             after = held.weights
             if not alone:  # finish the segment in which the chunk begins
@@ -141,7 +141,7 @@ class Mixer(mixer.Mixer):
             steps = Steps(begin, held, memory.gated(y), at, masks)
             slopes = memory.slopes(k_BCHK, v_BCHK, terms)
             m_BCHK = memory.read(q_BCHK, steps.current(), (slopes, steps.pair_BHCS))
-            gate = layers.project("bthk,hkd->btd", m_BCHK.astype(dtype), self.gate)
+            gate = weights.project("bthk,hkd->btd", m_BCHK.astype(dtype), self.gate)
             y = jnp.where(at.real[..., None], self.norm(y) * jax.nn.sigmoid(gate), 0)
             seen_BSRPHK = _written(seen_BSRPHK, new_BCRPHK, at, masks)
             return (steps.leaving(slopes, after), seen_BSRPHK), y
@@ -150,7 +150,7 @@ class Mixer(mixer.Mixer):
 
     def _learned_from(self, y):
         """The memory's queries, keys and values of what attention gave."""
-        qkv_BCPHK = layers.project("btd,dphk->btphk", y, self.learn)
+        qkv_BCPHK = weights.project("btd,dphk->btphk", y, self.learn)
         qkv_BCPHK = qkv_BCPHK.astype(mixer.wide(y.dtype))
         q_BCHK, k_BCHK = (layers.l2_norm(qkv_BCPHK[:, :, n]) for n in (0, 1))
         return q_BCHK, k_BCHK, qkv_BCPHK[:, :, 2]

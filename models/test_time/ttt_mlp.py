@@ -10,7 +10,7 @@ import dataclasses
 
 from flax import nnx
 
-from models import layers
+from models import checks
 from models.parts import ttt
 
 
@@ -40,5 +40,5 @@ class Mixer(ttt.Layer):
         if config.expand < 1:
             raise ValueError(f"expand={config.expand} must be at least 1; the paper uses 4.")
         settings = dataclasses.asdict(config)
-        hidden = settings.pop("expand") * layers.split_heads(width, config.heads)
+        hidden = settings.pop("expand") * checks.split_heads(width, config.heads)
         super().__init__(width, rngs, hidden=(hidden,), **settings)
