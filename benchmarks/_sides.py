@@ -18,6 +18,7 @@ from inference.generate import generate
 from models import lm, weights
 from parallel import sharding
 from parallel.mesh import make_mesh
+from training.optimizers import adamw
 from training.step import make_trainer, put_batch
 
 RATE, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
@@ -83,12 +84,10 @@ def our_step(config: lm.Config, params: dict, batch: int) -> tuple[Step, Callabl
         model=config,
         data=schema.Data(batch=batch, length=LENGTH),
         optimizer=schema.Optimizer(
+            rule=adamw.Config(b1=BETAS[0], b2=BETAS[1], eps=EPS),
             learning_rate=RATE,
             schedule="constant",
             warmup_steps=0,
-            b1=BETAS[0],
-            b2=BETAS[1],
-            eps=EPS,
             weight_decay=DECAY,
             clip_norm=0.0,
         ),

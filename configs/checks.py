@@ -33,6 +33,13 @@ class Range(NamedTuple):
 
 SHARE = Range(0, 1)
 SEED = Range(0, 2**32 - 1)  # JAX drops the bits above silently
+MEAN = Range(0, 1, open_high=True)  # how much of its old value a running mean keeps
+RULES = {  # of optimizer.rule, where it has them; what else a rule has is checked where it is built
+    "momentum": MEAN,
+    "b1": MEAN,
+    "b2": MEAN,
+    "eps": Range(0, open_low=True),
+}
 RANGES = {
     "steps": Range(1),
     "seed": SEED,
@@ -44,9 +51,7 @@ RANGES = {
     "optimizer.warmup_steps": Range(0),
     "optimizer.decay_fraction": SHARE,
     "optimizer.final_fraction": Range(0, 1, open_low=True),
-    "optimizer.b1": Range(0, 1, open_high=True),
-    "optimizer.b2": Range(0, 1, open_high=True),
-    "optimizer.eps": Range(0, open_low=True),
+    "optimizer.ema": MEAN,
     "optimizer.weight_decay": Range(0),
     "optimizer.clip_norm": Range(0),
     "optimizer.accumulation": Range(1),
@@ -70,7 +75,13 @@ TOKENIZERS = ("bytes", "bpe:FILE")
 def check(experiment: Experiment) -> None:
     """Raise ValueError, one line naming key, value and what is allowed, at the first fault."""
     check_types(experiment)
-    for key, allowed in RANGES.items():
+    rule = experiment.optimizer.rule
+    if not hasattr(rule, "build"):
+        raise ValueError(
+            f"optimizer.rule={rule!r} must be a Config such as training.optimizers.adamw.Config()."
+        )
+    own = {f"optimizer.rule.{name}": RULES[name] for name in RULES if hasattr(rule, name)}
+    for key, allowed in (RANGES | own).items():
         value = overrides.find(experiment, key)[2]
         if not allowed.holds(value):
             raise ValueError(f"{key}={value} must be {allowed}.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import checks, overrides, preview, usage
-from configs.schema import Experiment, freeze
+from configs.schema import RENAMED, Experiment, freeze
 
 ROOT = Path(__file__).parents[1]
 HELP = ("help", "h", "helpshort", "helpfull")
@@ -67,8 +67,7 @@ def parse(
         raise UsageError(f"--config is given {len(files)} times: {', '.join(files)}. Give one.")
     if "jax" not in sys.modules:
         _preview(files, pairs)
-    trees = [load(file) for file in files]
-    return [freeze(tree) for tree in _checked(files, trees, pairs)], values | {"config": files}
+    return [freeze(tree) for tree in _checked(_chosen(files, pairs))], values | {"config": files}
 
 
 def span(text: str) -> tuple[int, int] | None:
@@ -125,8 +124,8 @@ def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:
     """Raise the UsageErrors that can be found without JAX; where that takes JAX, say nothing."""
     try:
         with preview.stand_ins():
-            trees = [load(file) for file in files]
-        _checked(files, trees, pairs)
+            chosen = _chosen(files, pairs)
+        _checked(chosen)
     except ConfigFileError as error:
         if isinstance(error.__cause__, ValueError):  # raised by intent, not for want of JAX
             raise
@@ -136,16 +135,26 @@ def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:
         return
 
 
-def _checked(files: list[str], trees: list[Experiment], pairs) -> list[Experiment]:
-    """Copies of `trees` with all overrides, or a UsageError, which names the file among several."""
+def _chosen(files: list[str], pairs) -> list[tuple[str, Experiment, list]]:
+    """Each file with what it returns, the sections that flags name in place, and the other flags.
+
+    A chosen section is a file of code too: like the config itself, the preview reads it inertly.
+    """
+    pairs = [(RENAMED.get(key, key), text) for key, text in pairs]
+    with configuration():
+        return [(file, *overrides.choose(load(file), pairs)) for file in files]
+
+
+def _checked(chosen: list[tuple[str, Experiment, list]]) -> list[Experiment]:
+    """Copies of the trees with all overrides; a UsageError names the file among several."""
     done = []
-    for file, tree in zip(files, trees, strict=True):
+    for file, tree, pairs in chosen:
         try:
             checks.check_types(tree)
             done.append(overrides.apply(tree, pairs))
             checks.check(done[-1])
         except ValueError as error:
-            where = f"{file}: " if len(files) > 1 else ""
+            where = f"{file}: " if len(chosen) > 1 else ""
             raise UsageError(f"{where}{error}") from error
     return done
 

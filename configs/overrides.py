@@ -7,14 +7,18 @@ Neither JAX nor a model is imported here.
 import copy
 import dataclasses
 import difflib
+import importlib
 import math
+import pkgutil
 import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 NAMES = {int: "an int", float: "a number", bool: "a bool", str: "a string"}
+_ROOT = Path(__file__).parents[1]
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -115,12 +119,56 @@ def _unknown(tree: Any, key: str, parent: Any, prefix: str) -> str:
     return f"unknown key {key!r}{meant}. Keys there: {', '.join(there)}."
 
 
+def choose(
+    tree: Any, pairs: Iterable[tuple[str, str | None]]
+) -> tuple[Any, list[tuple[str, str | None]]]:
+    """A copy of `tree` with the sections that a flag chooses by name, and the other pairs.
+
+    A field whose metadata names a "folder" of Config files takes the name of any file there:
+    `optimizer.rule=lion`. What has that class already keeps its settings.
+    """
+    tree, rest = _apart(tree), []
+    for key, text in pairs:
+        folder = _folder(tree, key)
+        if not folder:
+            rest.append((key, text))
+            continue
+        parent, part, value = find(tree, key)
+        module = f"{folder}.{_file(key, folder, text)}"
+        if type(value).__module__ != module:
+            object.__setattr__(parent, part, importlib.import_module(module).Config())
+    return tree, rest
+
+
+def _folder(tree: Any, key: str) -> str:
+    """The folder of Config files that the field `key` chooses from; "" for other keys."""
+    try:
+        parent, part, _ = find(tree, key)
+    except ValueError:  # for `normal` to say
+        return ""
+    if not dataclasses.is_dataclass(parent):
+        return ""
+    field = next(field for field in dataclasses.fields(parent) if field.name == part)
+    return field.metadata.get("folder", "")
+
+
+def _file(key: str, folder: str, text: str | None) -> str:
+    """The name of a file of `folder`; ValueError with those there are."""
+    files = sorted(
+        info.name for info in pkgutil.iter_modules([str(_ROOT.joinpath(*folder.split(".")))])
+    )
+    word = _needed(key, text)
+    if word not in files:
+        allowed = ", ".join(files)
+        raise ValueError(f"{key}={_shown(text)} must be one of {allowed}{hint(word, files, 0)}.")
+    return word
+
+
 def apply(tree: Any, pairs: Iterable[tuple[str, str | None]]) -> Any:
     """A copy of `tree` with each (key, text) set; nothing is set unless everything is right."""
-    pairs = list(pairs)
+    tree, pairs = choose(tree, pairs)
     for key, text in pairs:
         normal(tree, key, text)
-    tree = _apart(tree)
     for key, text in pairs:
         tree = _set(tree, *normal(tree, key, text))
     return tree
@@ -159,7 +207,7 @@ def normal(tree: Any, key: str, text: str | None) -> tuple[str, Any]:
     """
     parent, part, value = find(tree, key)
     if is_section(value):
-        inside = ", ".join(children(value))
+        inside = ", ".join(children(value)) or "it has none"
         raise ValueError(
             f"{key}={_shown(text)} sets a whole section; set one of its keys: {inside}."
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 OURS = (
     "configs",
     "models",
+    "training",
 )  # read as they are; every other package that is not Python's own is inert
 HALF_LOADED = {"parallel"}  # programs load its `launch` first; its other modules take JAX
 

@@ -10,6 +10,7 @@ from configs.schema import Checkpoint, Data, Evaluation, Experiment, Optimizer
 from models import lm
 from models.attention import softmax
 from models.recurrent import rg_lru
+from training.optimizers import muon
 
 
 def get_config() -> Experiment:
@@ -26,7 +27,7 @@ def get_config() -> Experiment:
         steps=240,
         data=Data(length=256, batch=16),
         optimizer=Optimizer(
-            name="muon",
+            rule=muon.Config(),
             learning_rate=6e-3,
             schedule="wsd",
             warmup_steps=20,

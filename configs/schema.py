@@ -11,6 +11,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
+from training.optimizers import adamw
+
 
 @dataclasses.dataclass
 class Data:
@@ -27,20 +29,28 @@ class Data:
 
 @dataclasses.dataclass
 class Optimizer:
-    """Update rule and learning-rate schedule; weight decay touches matrices only."""
+    """How gradients move weights: a rule and what all rules share; maps alone decay."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    rule: Any = dataclasses.field(  # a Config of a file in training/optimizers, by flag its name
+        default_factory=adamw.Config, metadata={"folder": "training.optimizers"}
+    )
     learning_rate: float = 3e-3  # the peak
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warmup
     warmup_steps: int = 100  # of a linear rise from 0
     decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay
     final_fraction: float = 0.1  # learning rate at the end, as a share of the peak
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of the squares
     weight_decay: float = 0.1  # times the learning rate, each step; of maps of the stream
     clip_norm: float = 1.0  # largest norm of all gradients together; 0: off
     accumulation: int = 1  # microbatches summed before one update
+    ema: float = 0.0  # of a step's old average of weights, which is judged and sampled; 0: off
+
+
+RENAMED = {  # keys that flags also know
+    "optimizer.name": "optimizer.rule",
+    "optimizer.b1": "optimizer.rule.b1",
+    "optimizer.b2": "optimizer.rule.b2",
+    "optimizer.eps": "optimizer.rule.eps",
+}
 
 
 @dataclasses.dataclass

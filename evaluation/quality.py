@@ -41,15 +41,17 @@ def load(subject: Subject, workdir: str) -> Trained | str:
     folder = Path(workdir) / "checkpoints"
     plan = loop.make_plan(subject.experiment)
     try:
-        abstract = {"params": plan.trainer.stored.params}
-        restored = checkpoint.restore(folder, abstract, only="params")
+        trainer = plan.trainer
+        abstract = {name: getattr(trainer.stored, name) for name in trainer.judged}
+        restored = checkpoint.restore(folder, abstract, only=trainer.judged)
     except ValueError as error:
         return str(error)
     if restored is None:
         return f"no checkpoint in {folder}"
     if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
         return f"the checkpoint in {folder} is of another model"
-    params = fitted(restored.tree["params"], plan.trainer.abstract.params)
+    found = {name: fitted(t, getattr(trainer.abstract, name)) for name, t in restored.tree.items()}
+    params = trainer.weights(trainer.abstract._replace(**found))
     return Trained(plan, params, restored.meta["step"], Path(workdir))
 
 
@@ -90,7 +92,7 @@ def _longer(subject: Subject, found: Trained, times: int, bits: float) -> Row:
     """Rows `times` as long, as many tokens a batch as trained where the batch allows."""
     data = subject.experiment.data
     name = f"validation, rows {times} x as long"
-    batch = max(subject.mesh.shape["data"] * subject.mesh.shape["fsdp"], data.batch // times)
+    batch = max(sharding.row_ways(subject.mesh), data.batch // times)
     try:
         plan = loop.make_plan(subject.at(length=data.length * times, batch=batch).experiment)
     except ValueError as error:

@@ -10,15 +10,17 @@ from jax.sharding import AxisType
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
-) -> jax.sharding.Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over all of `devices` (None: over JAX's).
+def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> jax.sharding.Mesh:
+    """A mesh with all `AXES` over all of `devices` (None: all of JAX's); sizes are 1 by default.
 
-    One size may be -1: it takes the devices that the others leave. Raises ValueError when the sizes
-    do not multiply to the number of devices. Axes are Auto: XLA places what we do not constrain.
+    One size may be -1: it takes the devices that the others leave, as the first axis does unless it
+    is named. Raises ValueError when the sizes do not multiply to the number of devices. Axes are
+    Auto: XLA places what we do not constrain.
     """
-    sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+    unknown = [axis for axis in sizes if axis not in AXES]
+    if unknown:
+        raise ValueError(f"unknown mesh axis {unknown[0]!r}; name one of {', '.join(AXES)}.")
+    sizes = {axis: sizes.get(axis, 1 if i else -1) for i, axis in enumerate(AXES)}
     count = len(jax.devices() if devices is None else devices)
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"mesh.{a}={s}" for a, s in sizes.items() if s != -1 and s < 1]

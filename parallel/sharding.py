@@ -23,7 +23,7 @@ WEIGHTS: dict[str, str | None] = {
     "parts": None,  # projections that share one weight
     "state": None,
     "rank": None,
-    "router": None,  # biases of experts, which balance their loads (see training/optimizer.py)
+    "router": None,  # biases of experts, which balance their loads (see training/update.py)
     "width": None,  # taps of a short convolution
     "layers": None,
 }
@@ -87,8 +87,13 @@ def gathered(weight: jax.Array, *dims: str) -> jax.Array:
     """The weight whole along fsdp, as a lookup needs it: rows of a batch also live on that axis."""
     if jax.sharding.get_abstract_mesh().empty:
         return weight
-    axes = (None if WEIGHTS[name] == "fsdp" else WEIGHTS[name] for name in dims)
+    axes = (None if WEIGHTS[name] == WEIGHTS["embed"] else WEIGHTS[name] for name in dims)
     return jax.lax.with_sharding_constraint(weight, P(*axes))
+
+
+def row_ways(mesh: jax.sharding.Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"] or ())
 
 
 def shard_states(mesh: jax.sharding.Mesh, state: Any, batch_axis: int = 0) -> Any:
@@ -100,3 +105,61 @@ def shard_states(mesh: jax.sharding.Mesh, state: Any, batch_axis: int = 0) -> An
         return NamedSharding(mesh, P(*(None,) * batch_axis, ACTIVATIONS["batch"]))
 
     return jax.tree.map(one, state)
+
+
+def place(mesh: jax.sharding.Mesh, tree: Any, params: Any, dims: Any) -> Any:
+    """`tree` of shapes with a sharding on every leaf: what belongs to a weight lies where it does.
+
+    `params` are the weights' shapes and `dims` the names of their dimensions, as nested dicts. A
+    leaf belongs to the weight whose keys its own end in, such as a moment; what belongs to none is
+    whole. ValueError where a weight's dimension does not split evenly.
+    """
+
+    def sharded(path, leaf, names):
+        return weight_sharding(mesh, ".".join(map(str, _keys(path))), leaf.shape, names).spec
+
+    specs = jax.tree_util.tree_map_with_path(sharded, params, dims)
+    weights = {
+        _keys(path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P)),
+            strict=True,
+        )
+    }
+
+    def one(path, leaf):
+        keys = _keys(path)
+        owner = next((keys[i:] for i in range(len(keys)) if keys[i:] in weights), None)
+        spec = P() if owner is None else _spec_like(mesh, leaf.shape, *weights[owner])
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _keys(path) -> tuple:
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+
+
+def _spec_like(mesh, shape: tuple[int, ...], weight: tuple[int, ...], spec: P) -> P:
+    """The partition of what a rule keeps of a weight: its own, but for dimensions summed to 1.
+
+    Of any other shape, such as square factors (..., n, n), rows are split as the stream's are.
+    """
+    if len(shape) == len(weight) and all(n in (1, m) for n, m in zip(shape, weight, strict=True)):
+        same = zip(shape, weight, spec, strict=True)
+        return P(*(axis if size == whole else None for size, whole, axis in same))
+    axis = WEIGHTS["embed"]
+    if len(shape) < 2 or axis is None or shape[-2] % mesh.shape[axis]:
+        return P()
+    return P(*(None,) * (len(shape) - 2), axis)
+
+
+def place_rows(mesh: jax.sharding.Mesh, state: Any, batch_axis: int = 0) -> Any:
+    """States of shapes with a sharding on every leaf: rows lie where the rows of the batch do."""
+
+    def one(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(one, state, shard_states(mesh, state, batch_axis))

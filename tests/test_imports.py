@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WHOLE = ("models.lm", "models.stacks", "models.weights")  # models, whatever is in them
 ROOMS = {  # a room: which of our modules it may import beside its own
-    "configs": ("models",),
+    "configs": ("models", "training.optimizers"),
     "models": ("kernels", "parallel.sharding", "parallel.context", "programs.flops"),
     "programs": (),
     "kernels": ("programs",),
@@ -30,7 +30,7 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     ),
 }
 PARTS = "models.parts"
-OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of models
+OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of others
 PROGRAMS = ("train", "eval", "sweep")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
@@ -43,6 +43,9 @@ LIGHT = {
     "configs.checks",
     "configs.preview",
     "configs.usage",
+    "training",
+    "training.optimizers",
+    "training.optimizers.adamw",  # the schema's default
 }
 SKIPPED = {"runs", "build", "dist"}
 OPERATIONS = "|".join(path.parent.name for path in ROOT.glob("kernels/*/api.py"))
@@ -156,21 +159,22 @@ def _calls(path: Path, tree: ast.AST) -> list[str]:
 
 
 def _more_than_configs(path: Path, tree: ast.AST) -> list[str]:
-    """Config files take from `models` modules nothing but their Config classes."""
+    """Config files take from models and optimizers nothing but their Config classes."""
     if path.parts[0] != "configs":
         return []
     modules, found = set(), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and within(node.module or "", ["models"]):
+        if isinstance(node, ast.ImportFrom) and within(node.module or "", ROOMS["configs"]):
             for alias in node.names:
                 file = ROOT / (node.module or "").replace(".", "/") / f"{alias.name}.py"
                 modules.add(alias.asname or alias.name)
                 if not file.is_file():
                     found.append(f"{path} imports {alias.name}, which is no module")
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if within(alias.name, ["models"])]
+            names = [alias.name for alias in node.names if within(alias.name, ROOMS["configs"])]
             found += [
-                f"{path}: write `from models import ...`, not import {name}" for name in names
+                f"{path}: write `from {name.rpartition('.')[0]} import ...`, not import {name}"
+                for name in names
             ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -283,6 +287,8 @@ def test_rules_are_kept(path):
         ("configs/lm/x.py", "from models.delta.gated_deltanet import Mixer"),
         ("configs/lm/x.py", "from models import lm\nlm.LM(1)"),
         ("configs/lm/x.py", "import models.lm"),
+        ("configs/lm/x.py", "from training.optimizers import soap\nsoap.State(0)"),
+        ("training/optimizers/adamw.py", "import jax"),
         ("configs/loading.py", "def f():\n    import jax.numpy as jnp"),
         ("configs/checks.py", "from models import lm"),
         ("kernels/utils.py", ""),
@@ -320,6 +326,7 @@ def test_a_broken_rule_is_found(path, source):
             "from models import lm\nfrom models.lm import Config\nimport inference.x",
         ),
         ("configs/lm/x.py", "from models.delta import gated_deltanet as g\ng.Config()"),
+        ("configs/lm/x.py", "from training.optimizers import soap\nsoap.Config()"),
         ("data/x.py", "import numpy as np\nnp.load(f, allow_pickle=False)\nmodel.eval()"),
         ("tests/x.py", "from tests import tolerance\nimport models.lm, training.step"),
     ],

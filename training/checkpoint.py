@@ -58,15 +58,19 @@ def _warn(line: str) -> None:
 
 
 def restore(
-    folder: Path, abstract_tree: Any, *, only: str = "", warn: Callable[[str], None] = _warn
+    folder: Path,
+    abstract_tree: Any,
+    *,
+    only: tuple[str, ...] = (),
+    warn: Callable[[str], None] = _warn,
 ) -> Restored | None:
     """The newest undamaged checkpoint of `folder`, laid out as `abstract_tree` says; None if none.
 
     Leaves of `abstract_tree` are `jax.ShapeDtypeStruct`s; each array comes back with that sharding
     (none: on the default device), bit for bit, in memory of its own that may be donated. With
-    `only="params"` the tree holds just those leaves whose names start with "params/". Each damaged
-    step costs one warning. Raises NoUsableCheckpoint if all are damaged, and ValueError if the
-    leaves differ from those that were saved. Reads only; every process must call it.
+    `only=("params",)` the tree holds just those leaves whose names start with "params/". Each
+    damaged step costs one warning. Raises NoUsableCheckpoint if all are damaged, and ValueError if
+    the leaves differ from those that were saved. Reads only; every process must call it.
     """
     step = _newest_good(Path(folder), {}, warn)
     return None if step is None else _load(Path(folder) / str(step), abstract_tree, only)
@@ -137,7 +141,7 @@ class Checkpoints:
         """`restore` of this folder; damaged steps found here go when the next save is committed."""
         self._join()
         step = _newest_good(self.folder, self._damaged, self._warn)
-        return None if step is None else _load(self.folder / str(step), abstract_tree, "")
+        return None if step is None else _load(self.folder / str(step), abstract_tree, ())
 
     def save(self, step: int, tree: Any, meta: dict) -> None:
         """Copy the arrays of `tree`, then write them and `meta` (JSON values) in the background.
@@ -310,11 +314,11 @@ def _search(folder: Path, damaged: dict[int, str]) -> int:
     return -2 if damaged or manifest.unknown(folder) else -1
 
 
-def _load(path: Path, abstract_tree: Any, only: str) -> Restored:
+def _load(path: Path, abstract_tree: Any, only: tuple[str, ...]) -> Restored:
     sealed = manifest.read(path)
     leaves, wanted = sealed["leaves"], _named(abstract_tree)
     if only:
-        leaves = {name: leaf for name, leaf in leaves.items() if name.startswith(only + "/")}
+        leaves = {name: leaf for name, leaf in leaves.items() if name.partition("/")[0] in only}
     _refuse_mismatch(path.name, leaves, wanted)
     loaded = _read(path, sealed["leaves"], {n: leaf.sharding for n, leaf in wanted.items()})
     values = []

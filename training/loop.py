@@ -177,7 +177,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
             if judge:
                 with log.phase("evaluation"):
                     count = experiment.evaluation.batches
-                    score = evaluate(plan, state.params, count, watchdog.beat)
+                    score = evaluate(plan, trainer.weights(state), count, watchdog.beat)
                 log.record(step, {"validation_bits_per_byte": score} | meter.position(step))
             if save:
                 with log.phase("save"):
@@ -186,7 +186,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
             if last:
                 break
     if start == experiment.steps:  # nothing was left to do but to say how good it is
-        score = evaluate(plan, state.params, experiment.evaluation.batches)
+        score = evaluate(plan, trainer.weights(state), experiment.evaluation.batches)
     else:
         with log.phase("save"):
             checkpoints.wait()
@@ -298,7 +298,7 @@ def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:
     }
     return Result(
         plan,
-        nnx.merge(plan.trainer.graph, state.params),
+        nnx.merge(plan.trainer.graph, plan.trainer.weights(state)),
         step,
         score,
         rate,

@@ -1,5 +1,6 @@
 """The training step: loss, gradient, clipping, guarded update; one jitted function of a state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.schema import Data, Experiment
+from configs.schema import Data, Experiment, Optimizer
 from models import weights
 from parallel import sharding
-from training.optimizer import make_optimizer, schedule
+from training.update import averaged, make_rule, schedule
 
 
 class State(NamedTuple):
@@ -24,6 +25,7 @@ class State(NamedTuple):
     optimizer: Any
     carry: Any  # model state of the rows (truncated BPTT), or ()
     key: Any  # random state
+    average: Any = ()  # of the weights over steps (optimizer.ema), or ()
 
 
 class Trainer(NamedTuple):
@@ -35,6 +37,8 @@ class Trainer(NamedTuple):
     init: Any  # () -> State
     step: Any  # (State, batch) -> (State, metrics); donates the state
     evaluate: Any  # (params, batch) -> (total nll in nats, total bytes)
+    weights: Any  # State -> the params that are judged and sampled from
+    judged: tuple[str, ...]  # the fields of a state that `weights` reads
     batch: dict[str, Any]  # shape, dtype and sharding of each array of a batch
 
 
@@ -55,22 +59,23 @@ def make_trainer(
     model = nnx.eval_shape(build)
     graph = nnx.split(model)[0]
     dims = weights.dims(model)
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps, dims)
-    data = experiment.data
+    data, config = experiment.data, experiment.optimizer
 
     def init(model) -> State:
         params = nnx.to_pure_dict(nnx.split(model)[1])
         carry = model.init_state(data.batch, data.length) if experiment.carry_state else ()
         step = jnp.zeros((), jnp.int32)
-        return State(step, params, optimizer.init(params), carry, jax.random.fold_in(key, 1))
+        moments = make_rule(config, dims).init(params)
+        average = jax.tree.map(jnp.copy, params) if config.ema else ()
+        return State(step, params, moments, carry, jax.random.fold_in(key, 1), average)
 
-    abstract = _with_shardings(jax.eval_shape(lambda: init(build())), dims, mesh)
+    abstract = _placed(jax.eval_shape(lambda: init(build())), dims, mesh)
     stored = jax.tree.map(_unpadded, abstract, jax.eval_shape(lambda: init(build(multiple=1))))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch = _abstract_batch(data, mesh, model.objective == "masked")
     rows = {name: leaf.sharding for name, leaf in batch.items()}
     one = NamedSharding(mesh, P())
-    update = _update_function(experiment, graph, optimizer, byte_lengths)
+    update = _update_function(experiment, graph, dims, byte_lengths)
     evaluate = _evaluate_function(graph, byte_lengths)
     return Trainer(
         graph,
@@ -81,6 +86,7 @@ def make_trainer(
             update, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0
         ),
         jax.jit(evaluate, in_shardings=(shardings.params, rows), out_shardings=one),
+        *_weights_function(config, shardings.params),
         batch,
     )
 
@@ -113,7 +119,7 @@ def _unpadded(leaf, bare) -> jax.ShapeDtypeStruct:
 
 
 def _abstract_batch(data: Data, mesh, masked: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.row_ways(mesh)
     rows = data.batch
     if rows % ways:
         near = max(ways, round(rows / ways) * ways)
@@ -133,59 +139,59 @@ def put_batch(abstract: dict[str, jax.ShapeDtypeStruct], rows: dict[str, np.ndar
     }
 
 
-def _with_shardings(abstract: State, dims, mesh) -> State:
-    """`abstract` with a sharding on every leaf: weights and moments by name, states by row."""
-
-    def place(path, leaf, names):
-        where = sharding.weight_sharding(mesh, ".".join(map(str, _keys(path))), leaf.shape, names)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    whole = lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())
-    )
-    params = jax.tree_util.tree_map_with_path(place, abstract.params, dims)
-    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-    def moment(path, leaf):  # a moment's path ends in the path of its weight
-        keys = _keys(path)
-        suffixes = (by_path.get(keys[i:]) for i in range(len(keys)))
-        param = next((p for p in suffixes if p is not None), None)
-        if param is None or param.shape != leaf.shape:
-            return whole(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
-
-    moments = jax.tree_util.tree_map_with_path(moment, abstract.optimizer)
-    return State(
-        whole(abstract.step),
-        params,
-        moments,
-        _place_carry(abstract.carry, mesh),
-        whole(abstract.key),
-    )
+def _placed(abstract: State, dims, mesh) -> State:
+    """`abstract` with a sharding on every leaf: by the weights' names, carried states by row."""
+    carry = {
+        name: sharding.place_rows(mesh, part, _row_axis(name))
+        for name, part in (abstract.carry or {}).items()
+    }
+    rest = sharding.place(mesh, abstract._replace(carry=()), abstract.params, dims)
+    return rest._replace(carry=carry or ())
 
 
-def _place_carry(carry, mesh):
-    """Rows of carried states lie where the rows of the batch do; stacks have layers in front."""
-    if not carry:
-        return carry
-
-    def place(axis):
-        return lambda tree: jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            tree,
-            sharding.shard_states(mesh, tree, axis),
-        )
-
-    return {name: place(int(name == "stacks"))(tree) for name, tree in carry.items()}
+def _row_axis(name: str) -> int:
+    """Where the rows are in a part of the model's state: stacks have layers in front."""
+    return int(name == "stacks")
 
 
-def _keys(path) -> tuple:
-    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
-
-
-def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
+def _update_function(experiment: Experiment, graph, dims, byte_lengths):
     config = experiment.optimizer
     rate = schedule(config, experiment.steps)
+    gradient = _gradient_function(graph, config.accumulation)
+
+    def update(state: State, batch) -> tuple[State, dict]:
+        said, carry, grads = gradient(state.params, batch, state.carry)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            if config.clip_norm:
+                scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            rule = make_rule(config, dims, rate(state.step))
+            moves, moments = rule.update(grads, state.optimizer, state.params)
+            params, average = optax.apply_updates(state.params, moves), state.average
+            if config.ema:
+                average = averaged(config.ema, average, params, state.step)
+        finite = jnp.isfinite(said["loss"]) & jnp.isfinite(norm)
+        params, moments, carry, average = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, moments, carry, average),
+            (state.params, state.optimizer, state.carry, state.average),
+        )
+        metrics = {
+            **said,
+            "grad_norm": norm,
+            "finite": finite,
+            "learning_rate": rate(state.step),
+            "tokens": batch["weights"].sum(),
+            "bytes": _bytes(batch, byte_lengths),
+        }
+        return State(state.step + 1, params, moments, carry, state.key, average), metrics
+
+    return update
+
+
+def _gradient_function(graph, parts: int):
+    """(params, batch, carry) -> (metrics, carry, gradient) of the mean loss, in `parts` in turn."""
 
     def mean_loss(params, batch, weight, carry):
         model = nnx.merge(graph, params)
@@ -198,54 +204,63 @@ def _update_function(experiment: Experiment, graph, optimizer, byte_lengths):
     def gradient(params, batch, carry):
         weight = jnp.maximum(batch["weights"].sum(), 1.0)
         grad = jax.grad(mean_loss, has_aux=True)
-        parts = config.accumulation
         if parts == 1:
             grads, (said, carry) = grad(params, batch, weight, carry)
             return said, carry, grads
 
         # A microbatch adds its share of the mean; what layers say of it is a mean by itself.
         def add(total, part):
-            grads, (said, _) = grad(params, part, weight / parts, ())
-            return jax.tree.map(lambda t, new: t + new / parts, total, (said, grads)), None
+            grads, (said, carry) = grad(params, part[0], weight / parts, part[1])
+            return jax.tree.map(lambda t, new: t + new / parts, total, (said, grads)), carry
 
         batches = jax.tree.map(lambda x: _split_rows(x, parts), batch)
-        one = jax.tree.map(lambda x: x[0], batches)
-        said = jax.eval_shape(mean_loss, params, one, weight, ())[1][0]
+        carries = _over_rows(lambda x, axis: _split_rows(x, parts, axis), carry)
+        one = jax.tree.map(lambda x: x[0], (batches, carries))
+        said = jax.eval_shape(mean_loss, params, one[0], weight, one[1])[1][0]
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (said, params))
-        (said, grads), _ = jax.lax.scan(add, zero, batches)
-        return said, carry, grads
+        (said, grads), carries = jax.lax.scan(add, zero, (batches, carries))
+        return said, _over_rows(_join_rows, carries), grads
 
-    def update(state: State, batch) -> tuple[State, dict]:
-        said, carry, grads = gradient(state.params, batch, state.carry)
-        with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(grads)
-            if config.clip_norm:
-                scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
-                grads = jax.tree.map(lambda g: g * scale, grads)
-            updates, moments = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(said["loss"]) & jnp.isfinite(norm)
-        params, moments, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, moments, carry),
-            (state.params, state.optimizer, state.carry),
-        )
-        metrics = {
-            **said,
-            "grad_norm": norm,
-            "finite": finite,
-            "learning_rate": rate(state.step),
-            "tokens": batch["weights"].sum(),
-            "bytes": _bytes(batch, byte_lengths),
-        }
-        return State(state.step + 1, params, moments, carry, state.key), metrics
-
-    return update
+    return gradient
 
 
-def _split_rows(x, parts: int):
-    """(B, ...) to (parts, B / parts, ...), row b to part b % parts: devices keep their own rows."""
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+def _over_rows(function, carry):
+    """`function` of every leaf of the model's state and the axis of its rows."""
+    return {
+        name: jax.tree.map(functools.partial(function, axis=_row_axis(name)), part)
+        for name, part in (carry or {}).items()
+    } or ()
+
+
+def _split_rows(x, parts: int, axis: int = 0):
+    """(..., B, ...) to (parts, ..., B / parts, ...), row b to part b % parts.
+
+    Devices keep their own rows. What has no rows goes to every part.
+    """
+    if x.ndim <= axis:
+        return jnp.broadcast_to(x, (parts, *x.shape))
+    rows = x.shape[axis] // parts
+    apart = x.reshape(*x.shape[:axis], rows, parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(apart, axis + 1, 0)
+
+
+def _join_rows(x, axis: int = 0):
+    """The inverse of `_split_rows`: (parts, ..., B / parts, ...) to (..., B, ...)."""
+    if x.ndim - 1 <= axis:
+        return x[-1]
+    back = jnp.moveaxis(x, 0, axis + 1)
+    return back.reshape(*back.shape[:axis], -1, *back.shape[axis + 2 :])
+
+
+def _weights_function(config: Optimizer, where):
+    """State -> its averaged weights, laid out as `where` says, or its weights; what that reads."""
+    own = getattr(config.rule, "evaluated", None)
+    if config.ema:
+        return lambda state: state.average, ("average",)
+    if own is None:
+        return lambda state: state.params, ("params",)
+    evaluated = jax.jit(own, out_shardings=where)
+    return lambda state: evaluated(state.optimizer, state.params), ("params", "optimizer")
 
 
 def _evaluate_function(graph, byte_lengths):

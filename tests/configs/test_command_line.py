@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
         (["--config.model.width=-3"], "model.width", -3),
         (["--config.optimizer.clip_norm=2"], "optimizer.clip_norm", 2.0),
         (["--config.optimizer.clip_norm=0"], "optimizer.clip_norm", 0.0),
-        (["--config.optimizer.eps=1e-6"], "optimizer.eps", 1e-6),
+        (["--config.optimizer.rule.eps=1e-6"], "optimizer.rule.eps", 1e-6),
         (["--config.model.scale", "-.5"], "model.scale", -0.5),
         (["--config.model.fast"], "model.fast", True),
         (["--config.model.fast", "--config.steps=700"], "model.fast", True),
@@ -113,10 +113,24 @@ def test_the_config_is_frozen(plain):
             setattr(node, name, 1)
 
 
+def test_a_flag_chooses_an_optimizer_by_its_file(plain):
+    """Its settings stand in any order, a rule that is there keeps its own, old keys are read."""
+    rule = read(f"--config={plain}", "--config.optimizer.rule=lion").optimizer.rule
+    assert schema.to_dict(rule)["class"] == "training.optimizers.lion.Config"
+    given = ["--config.optimizer.rule.momentum=0.9", "--config.optimizer.rule=muon"]
+    assert read(f"--config={plain}", *given).optimizer.rule.momentum == 0.9
+    quick = "--config=configs/quickstart.py"
+    assert read(quick, "--config.optimizer.rule=muon") == read(quick)
+    old = [f"--config.optimizer.{k}" for k in ("eps=1e-6", "b1=0.8", "b2=0.7", "name=muon")]
+    rule = read(f"--config={plain}", *old).optimizer.rule
+    assert (type(rule).__module__, rule.eps) == ("training.optimizers.muon", 1e-6)
+    assert (rule.b1, rule.b2) == (0.8, 0.7)
+
+
 @pytest.mark.filterwarnings("ignore:the load_module")  # of config_flags itself
 def test_values_equal_those_that_config_flags_reads_from_the_file(plain):
     given = ["--config.steps=70", "--config.model.sizes=(3,4)", "--config.model.fast=true"]
-    given += ["--config.optimizer.eps", "1e-6", "--config.model.pattern[2].heads=2"]
+    given += ["--config.optimizer.rule.eps", "1e-6", "--config.model.pattern[2].heads=2"]
     argv = ["", f"--config={plain}:word", *given]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)

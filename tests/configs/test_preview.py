@@ -34,7 +34,7 @@ def test_previewed_trees_equal_the_real_ones():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["config.model.widht=4", "config.steps=0", "config.optimizer.name=adam", "wrokdir=x"]
+    "wrong", ["config.model.widht=4", "config.steps=0", "config.optimizer.rule=adam", "wrokdir=x"]
 )
 def test_refusals_do_not_load_jax(wrong):
     code = (

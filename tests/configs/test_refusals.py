@@ -39,8 +39,9 @@ WRONG = [
     ("data.tokenizer=byte", "data.tokenizer='byte' must be one of bytes, bpe:FILE (did you mean"),
     ("data.tokenizer=bpe", "(did you mean 'bpe:FILE'?)"),
     (
-        "optimizer.name=adam",
-        "optimizer.name='adam' must be one of adamw, muon (did you mean 'adamw'",
+        "optimizer.rule=adam",
+        "optimizer.rule='adam' must be one of adafactor, adamw, lion, muon, schedule_free, soap "
+        "(did you mean 'adamw'?).",
     ),
     ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0 must be greater than 0."),
     ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate=-0.001 must be greater than 0."),
@@ -65,9 +66,10 @@ WRONG = [
         "optimizer.final_fraction=2",
         "optimizer.final_fraction=2.0 must be greater than 0 and at most",
     ),
-    ("optimizer.b1=1", "optimizer.b1=1.0 must be at least 0 and less than 1."),
-    ("optimizer.b2=-0.1", "optimizer.b2=-0.1 must be at least 0 and less than 1."),
-    ("optimizer.eps=0", "optimizer.eps=0.0 must be greater than 0."),
+    ("optimizer.rule.b1=1", "optimizer.rule.b1=1.0 must be at least 0 and less than 1."),
+    ("optimizer.b2=-0.1", "optimizer.rule.b2=-0.1 must be at least 0 and less than 1."),
+    ("optimizer.eps=0", "optimizer.rule.eps=0.0 must be greater than 0."),
+    ("optimizer.ema=1", "optimizer.ema=1.0 must be at least 0 and less than 1."),
     ("optimizer.weight_decay=-0.1", "optimizer.weight_decay=-0.1 must be at least 0."),
     ("optimizer.clip_norm=-1", "optimizer.clip_norm=-1.0 must be at least 0."),
     ("optimizer.accumulation=0", "optimizer.accumulation=0 must be at least 1."),
@@ -223,8 +225,8 @@ def test_a_config_file_that_fails(plain, capsys, arg, words):
         ),
         (
             "from configs.schema import *\ndef get_config():\n"
-            "  return Experiment(optimizer=Optimizer(name='adam'))",
-            "optimizer.name='adam' must be one of adamw, muon (did you mean 'adamw'?).",
+            "  return Experiment(optimizer=Optimizer(rule='adam'))",
+            "optimizer.rule='adam' must be a Config such as training.optimizers.adamw.Config().",
         ),
         (
             "from configs.schema import *\ndef get_config():\n  return Experiment(data=3)",

@@ -15,8 +15,8 @@ from models.recurrent import rg_lru
 from parallel import sharding
 from parallel.mesh import make_mesh
 from tests.tolerance import assert_close
-from training.optimizer import schedule
 from training.step import make_trainer, put_batch
+from training.update import schedule
 
 BATCH, LENGTH, STEPS = 8, 16, 4
 
@@ -34,7 +34,7 @@ def batch(seed=0, length=LENGTH):
 
 
 @functools.cache
-def run(name="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=False, one=False):
+def run(rule="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=False, one=False):
     """Losses of four steps and the weights after them; `one`: each step sees the same batch."""
     experiment = Experiment(
         model=lm.Config(
