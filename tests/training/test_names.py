@@ -86,7 +86,7 @@ def moved(name) -> set:
 
 
 def test_every_variant_is_read():
-    assert len({variant for variant, _, _ in every_weight()}) > 130 and len(every_weight()) > 1000
+    assert len({variant for variant, _, _ in every_weight()}) > 130 and len(every_weight()) > 900
     assert len(RULES) >= 6
 
 
@@ -142,6 +142,7 @@ def test_eps_reaches_every_weight(name):
     params = {key: jnp.ones((4,) * len(d)) for key, d in dims.items()}
     grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(0), w.shape), params)
 
+    @jax.jit
     def size(eps):
         config = Optimizer(rule=dataclasses.replace(rule(name), eps=eps), weight_decay=0.0)
         made = functools.partial(update.make_rule, config, dims)
@@ -149,7 +150,7 @@ def test_eps_reaches_every_weight(name):
         for _ in range(2):
             moves, state = made(1.0).update(grads, state, at)
             at = optax.apply_updates(at, moves)
-        return {key: float(jnp.abs(at[key] - params[key]).max()) for key in params}
+        return {key: jnp.abs(at[key] - params[key]).max() for key in params}
 
     small, large = size(1e-8), size(1e6)
     assert all(large[key] < 1e-2 * small[key] for key in params), (small, large)

@@ -1,6 +1,8 @@
 """The training step: meshes, microbatches, carried states, guarded updates, schedules."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from models.recurrent import rg_lru
 from parallel import sharding
 from parallel.mesh import make_mesh
 from tests.tolerance import assert_close
-from training.step import make_trainer, put_batch
+from training.optimizers import adamw, lion, muon
+from training.step import _join_rows, _split_rows, make_trainer, put_batch
 from training.update import schedule
 
 BATCH, LENGTH, STEPS = 8, 16, 4
@@ -34,7 +37,7 @@ def batch(seed=0, length=LENGTH):
 
 
 @functools.cache
-def run(rule="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=False, one=False):
+def run(rule=adamw, accumulation=1, carry=False, sizes=(("data", 1),), poison=False, one=False):
     """Losses of four steps and the weights after them; `one`: each step sees the same batch."""
     experiment = Experiment(
         model=lm.Config(
@@ -47,7 +50,7 @@ def run(rule="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=
         steps=STEPS,
         carry_state=carry,
         data=Data(batch=BATCH, length=LENGTH),
-        optimizer=Optimizer(name=name, warmup_steps=1, accumulation=accumulation),
+        optimizer=Optimizer(rule=rule.Config(), warmup_steps=1, accumulation=accumulation),
     )
     mesh = on_devices(dict(sizes))
     losses = []
@@ -72,18 +75,15 @@ def run(rule="adamw", accumulation=1, carry=False, sizes=(("data", 1),), poison=
 
 def on_devices(sizes):
     """The full mesh of eight devices, or one device alone."""
-    if sizes == {"data": 1}:
-        one = jax.devices()[:1]
-        auto = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=one)
-    return make_mesh(**sizes)
+    alone = sizes == {"data": 1}
+    return make_mesh(**sizes, devices=jax.devices()[:1] if alone else None)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("rule", [adamw, muon])
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
-def test_any_mesh_gives_the_same_losses_and_weights(name, sizes):
-    losses, params = run(name, sizes=tuple(sizes.items()))
-    alone, alone_params = run(name)
+def test_any_mesh_gives_the_same_losses_and_weights(rule, sizes):
+    losses, params = run(rule, sizes=tuple(sizes.items()))
+    alone, alone_params = run(rule)
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(alone_params), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-3)  # Adam's first steps have the size of rate
@@ -92,6 +92,87 @@ def test_any_mesh_gives_the_same_losses_and_weights(name, sizes):
 def test_microbatches_give_the_same_losses():
     losses, _ = run(accumulation=4)
     np.testing.assert_allclose(losses, run()[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+def test_microbatches_carry_the_state_of_their_rows(layers):
+    """Losses and states of three batches, of documents that go on, are those of one part."""
+    experiment = small(layers, carry_state=True)
+
+    def seen(parts):
+        settings = dataclasses.replace(experiment.optimizer, accumulation=parts)
+        changed, states = dataclasses.replace(experiment, optimizer=settings), []
+        losses = [m["loss"] for m in steps(changed, going_on, 3, lambda s: states.append(s.carry))]
+        return losses, states
+
+    (whole, states), (apart, in_parts) = seen(1), seen(4)
+    np.testing.assert_allclose(apart, whole, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(in_parts), jax.tree.leaves(states), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(states[2]))
+
+
+def test_rows_go_to_microbatches_and_come_back():
+    x = jnp.arange(2 * 12 * 3).reshape(2, 12, 3)
+    parts = _split_rows(x, 4, axis=1)
+    np.testing.assert_array_equal(parts[3], x[:, 3::4])
+    np.testing.assert_array_equal(_join_rows(parts, axis=1), x)
+    np.testing.assert_array_equal(_join_rows(_split_rows(x[0], 4)), x[0])
+    assert _join_rows(_split_rows(jnp.float32(5), 4)) == 5
+    assert _join_rows(_split_rows(jnp.arange(2), 4, axis=1), axis=1).tolist() == [0, 1]
+
+
+def test_after_skipped_updates_the_logged_rate_is_the_one_applied():
+    """Lion moves a gain, which does not decay, by the rate: NaN in steps 4 and 5 of 10."""
+    experiment = small("scanned", steps=10, warmup_steps=3)
+
+    def rows(step):
+        found = batch(0)
+        if step in (3, 4):
+            found["weights"][0, 0] = np.nan
+        return found
+
+    gains, logged = [], []
+    for metrics in steps(experiment, rows, 10, lambda state: gains.append(state.params["norm"])):
+        logged.append(metrics["learning_rate"])
+    applied = [float(np.abs(b["scale"] - a["scale"]).max()) for a, b in itertools.pairwise(gains)]
+    assert applied[3:5] == [0.0, 0.0]
+    want = [float(schedule(experiment.optimizer, 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(logged, want, rtol=1e-6)
+    taken = [0, 1, 2, 5, 6, 7, 8, 9]
+    np.testing.assert_allclose(np.take(applied, taken), np.take(logged, taken), rtol=1e-3)
+
+
+def small(layers, steps=3, warmup_steps=0, carry_state=False):
+    """One block a kind of state, and Lion, whose updates are as large as the rate."""
+    pattern = (rg_lru.Config(), softmax.Config(heads=4, window=8))
+    return Experiment(
+        model=lm.Config(
+            vocabulary=264, width=32, depth=2, pattern=pattern, dtype="float32", layers=layers
+        ),
+        steps=steps,
+        carry_state=carry_state,
+        data=Data(batch=BATCH, length=LENGTH, layout="stream"),
+        optimizer=Optimizer(rule=lion.Config(), learning_rate=1e-3, warmup_steps=warmup_steps),
+    )
+
+
+def going_on(step):
+    """Random tokens of one document a row, the same in every batch."""
+    return batch(step) | {"segments": np.ones((BATCH, LENGTH), np.int32)}
+
+
+def steps(experiment, rows, count, see=lambda state: None):
+    """The metrics of `count` steps on one device; `see` is shown every state, the first one too."""
+    mesh = on_devices({"data": 1})
+    with sharding.on(mesh):
+        trainer = make_trainer(experiment, mesh, np.ones(264))
+        state = trainer.init()
+        see(jax.device_get(state))
+        for step in range(count):
+            state, metrics = trainer.step(state, put_batch(trainer.batch, rows(step)))
+            see(jax.device_get(state))
+            yield {name: float(value) for name, value in metrics.items()}
 
 
 def test_a_non_finite_update_is_skipped():
@@ -185,6 +266,6 @@ def test_schedules_rise_hold_and_end(name):
 
 
 def test_more_steps_learn_one_batch():
-    for name in ("adamw", "muon"):
-        losses, _ = run(name, one=True)
+    for rule in (adamw, muon):
+        losses, _ = run(rule, one=True)
         assert losses[-1] < losses[0] - 0.1, losses
