@@ -13,7 +13,7 @@ from flax import nnx
 
 import training.optimizers
 from configs.schema import Optimizer
-from models import catalogue, lm, named_weights
+from models import catalogue, lm, weights
 from models.attention import bidirectional, softmax
 from parallel import sharding
 from training import names, update
@@ -60,7 +60,7 @@ def every_weight():
     built |= {n: functools.partial(c.build, 64) for n, c in catalogue.cases().items()}
     found = []
     for name, build in built.items():
-        dims = named_weights.dims(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))))
+        dims = weights.dims(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))))
         paths = jax.tree_util.tree_leaves_with_path(dims, is_leaf=is_dims)
         found += [(name, jax.tree_util.keystr(p, simple=True, separator="/"), d) for p, d in paths]
     return found
