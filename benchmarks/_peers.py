@@ -1,32 +1,12 @@
-"""One architecture in two libraries: `transformers`' model, our config, and a map of the weights.
-
-Import this module before the repository's root is on sys.path: `transformers` looks for a package
-named `kernels`, and ours is not the one it means.
-"""
+"""One architecture in two libraries: `transformers`' model, our config, a map of the weights."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-
-if importlib.util.find_spec("kernels") is not None:
-    raise ImportError("a package named kernels is importable; transformers would be misled by it.")
-transformers.logging.set_verbosity_error()
-
-VOCABULARY = 4096
-LENGTH = 512
-BATCH = {"small": 2, "8m": 4}
-MODES = ("train", "decode")
-# What each figure has to reach: our tokens/s over theirs.
-TARGETS = {
-    ("train", "small"): {"llama": 1.0, "mamba2": 8.0, "recurrent_gemma": 6.0},
-    ("train", "8m"): {"llama": 1.0, "mamba2": 2.5, "recurrent_gemma": 2.5, "qwen3_next": 1.8},
-    ("decode", "small"): {"llama": 3.0, "mamba2": 12.0, "recurrent_gemma": 4.0},
-}
+from _figures import VOCABULARY
+from _transformers import torch, transformers
 
 Weights = dict[str, np.ndarray]
 
@@ -306,14 +286,14 @@ def _qwen3_next_layer(ours: dict, one: float):
 PAIRS = {
     "llama": Pair(
         "Llama",
-        {"small": Shape(256, 4, 4, 688), "8m": Shape(320, 5, 5, 960)},
+        {"small": Shape(256, 4, 4, 688), "8m": Shape(320, 5, 5, 960), "tiny": Shape(64, 1, 2, 128)},
         _llama_theirs,
         _llama_ours,
         _llama_layer,
     ),
     "mamba2": Pair(
         "Mamba-2",
-        {"small": Shape(256, 4, 8), "8m": Shape(384, 6, 12)},
+        {"small": Shape(256, 4, 8), "8m": Shape(384, 6, 12), "tiny": Shape(64, 1, 2)},
         _mamba2_theirs,
         _mamba2_ours,
         _mamba2_layer,
@@ -324,7 +304,7 @@ PAIRS = {
     ),
     "recurrent_gemma": Pair(
         "RecurrentGemma, recurrent blocks",
-        {"small": Shape(256, 4, 4, 384), "8m": Shape(384, 5, 4, 576)},
+        {"small": Shape(256, 4, 4, 384), "8m": Shape(384, 5, 4, 576), "tiny": Shape(64, 1, 2, 96)},
         _recurrent_gemma_theirs,
         _recurrent_gemma_ours,
         _recurrent_gemma_layer,
@@ -334,7 +314,7 @@ PAIRS = {
     ),
     "qwen3_next": Pair(
         "Qwen3-Next, Gated DeltaNet",
-        {"small": Shape(256, 4, 4, 704), "8m": Shape(320, 4, 5, 896)},
+        {"small": Shape(256, 4, 4, 704), "8m": Shape(320, 4, 5, 896), "tiny": Shape(64, 1, 1, 128)},
         _qwen3_next_theirs,
         _qwen3_next_ours,
         _qwen3_next_layer,

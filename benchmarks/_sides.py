@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
-from _peers import LENGTH, VOCABULARY, Pair, Shape, Weights, to_theirs
+from _figures import LENGTH, VOCABULARY
+from _peers import Pair, Shape, Weights, to_theirs
+from _transformers import torch
 from flax import nnx
 
 from configs import schema

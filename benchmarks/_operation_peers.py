@@ -1,13 +1,9 @@
-"""Peers of kernels in torch: the same inputs, outputs and gradients.
-
-Import this before this repository's root is on the path: transformers looks for a package named
-`kernels`, and must not find ours.
-"""
+"""Peers of operations in torch: the same inputs, outputs and gradients."""
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
+from _transformers import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 

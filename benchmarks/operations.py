@@ -1,9 +1,9 @@
-"""Kernels side by side: any implementations and peers, in one process, in turn.
+"""Operations side by side: any implementations and peers, in one process, in turn.
 
-    python benchmarks/kernels.py                                    # every operation, xla
-    python benchmarks/kernels.py --only gated_linear --impl ref xla # names by prefix
-    python benchmarks/kernels.py --impl xla torch transformers associative_scan --markdown FILE
-    python benchmarks/kernels.py --sizes model --impl xla pallas_tpu        # on a TPU
+    python benchmarks/operations.py                                    # every operation, xla
+    python benchmarks/operations.py --only gated_linear --impl ref xla # names by prefix
+    python benchmarks/operations.py --impl xla torch transformers associative_scan --markdown FILE
+    python benchmarks/operations.py --sizes model --impl xla pallas_tpu        # on a TPU
 
 An implementation is ref, xla, pallas_tpu (on a TPU), associative_scan (linear_scan), torch
 (attention) or transformers (delta_rule); the last two need those packages, and the file must then
@@ -16,7 +16,6 @@ share is floor over time.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -25,27 +24,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The folder of this file holds a module `kernels`, and transformers looks for a package `kernels`.
-sys.path.remove(str(Path(__file__).resolve().parent))
 wanted = {"torch", "transformers"} & set(sys.argv)
-if wanted:
-    spec = importlib.util.spec_from_file_location(
-        "_kernel_peers", ROOT / "benchmarks" / "_kernel_peers.py"
-    )
-    peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peers)
+if wanted:  # before the root is on the path: transformers must not find our `kernels`
+    import _operation_peers as peers
 sys.path.insert(0, str(ROOT))
 
 from parallel import launch  # noqa: E402
 
 launch.prepare()
 
+import _operation_subjects as subjects  # noqa: E402
+import _table as table  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks import _kernel_subjects as subjects  # noqa: E402
-from benchmarks import _table as table  # noqa: E402
 from kernels import dispatch, survey  # noqa: E402
 from kernels.subject import Subject, both_passes  # noqa: E402
 from parallel import host  # noqa: E402
@@ -240,7 +233,7 @@ def markdown(lines: list[dict], setting: str, rates: tuple[float, float]) -> str
     rows = [HEAD, ["---"] * len(HEAD), *(cells(line) for line in lines)]
     body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     known = f"{setting}; matmul {rates[0] / 1e9:.0f} GFLOP/s, copy {rates[1] / 1e9:.1f} GB/s."
-    command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
+    command = "python benchmarks/operations.py " + " ".join(sys.argv[1:])
     return f"# Kernel speed\n\nWritten by `{command}`. {known}\n\n{body}\n"
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/kernels.py` times: shapes by name, random inputs for them, peers outside JAX."""
+"""What operations.py times: shapes by name, random inputs for them, peers outside JAX."""
 
 from collections.abc import Callable
 from typing import Any
