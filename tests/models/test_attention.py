@@ -16,7 +16,7 @@ from models.attention import (
     softmax,
 )
 from models.parts import rotary
-from tests import contract
+from tests import subject
 from tests.tolerance import assert_close
 
 LENGTH = 11
@@ -24,12 +24,13 @@ LENGTH = 11
 
 def outputs(config):
     """(weights, x (T, D), y (T, D)) in float64; zero weights are drawn, so that they count."""
-    graph, params = contract.build(config)
+    one = subject.of(config)
+    graph, params = one.graph, one.params
     rng = np.random.default_rng(0)
     weights = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     drawn = lambda p: p + 0.3 * rng.normal(size=p.shape) * (np.std(p) == 0)
     weights = jax.tree.map(drawn, weights)
-    x = rng.normal(size=(1, LENGTH, contract.WIDTH))
+    x = rng.normal(size=(1, LENGTH, subject.WIDTH))
     with jax.enable_x64(True):
         run = jax.jit(lambda w, x: nnx.merge(graph, w)(x)[0])
         y = run(jax.tree.map(jnp.asarray, weights), jnp.asarray(x))
@@ -232,8 +233,9 @@ def test_bidirectional_attention(name):
 
 def test_a_local_encoder_sees_its_reach_and_no_more():
     """Over many blocks of queries, not within one."""
-    graph, params = contract.build(bidirectional.Config(reach=40))
-    x = contract.inputs(150, batch=1)
+    one = subject.of(bidirectional.Config(reach=40))
+    graph, params = one.graph, one.params
+    x = jnp.asarray(subject.inputs(150, batch=1))
     reach = jax.jit(jax.grad(lambda x: nnx.merge(graph, params)(x)[0][0, 75].sum()))(x)
     seen = np.flatnonzero(np.abs(np.asarray(reach)[0]).sum(-1))
     np.testing.assert_array_equal(seen, np.arange(35, 116))
@@ -257,7 +259,7 @@ def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest():
 
 
 def test_linear_interpolation_reads_a_position_as_one_divided():
-    x = contract.inputs(5)[:, :, None]
+    x = jnp.asarray(subject.inputs(5))[:, :, None]
     far = rotary.Rotary(factor=4.0)(x, 4 * jnp.arange(5)[None])
     assert_close(far, rotary.Rotary()(x, jnp.arange(5)[None]), jnp.float32, "interpolated")
 

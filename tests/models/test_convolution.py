@@ -9,7 +9,7 @@ from flax import nnx
 from models import lm, pattern
 from models.convolution import gated_conv, h3, hyena, mega, monarch_mixer
 from models.parts.implicit_filter import ImplicitFilter
-from tests import contract
+from tests import contract, subject
 from tests.models.stirred import conv, mapped, rms, run, sigmoid, silu, softmax
 from tests.tolerance import assert_close
 
@@ -147,7 +147,10 @@ def bias(position, t, s):
 def test_mega_counts_chunks_inside_a_document():
     """The contract's documents are shorter than the default chunk; here three chunks end."""
     ids = jnp.asarray([np.repeat([0, 1, 2, 0], [3, 7, 13, 2])], jnp.int32)
-    module, x = mega.Config(chunk=5).build(32, nnx.Rngs(0)), contract.inputs(25, batch=1)[..., :32]
+    module, x = (
+        mega.Config(chunk=5).build(32, nnx.Rngs(0)),
+        jnp.asarray(subject.inputs(25, batch=1))[..., :32],
+    )
     call = jax.jit(lambda x, ids, state: module(x, segments=ids, state=state))
     packed, state = call(x, ids, module.init_state(1, 25))
     after, _ = call(x[:, :1], None, state)
@@ -159,7 +162,10 @@ def test_mega_counts_chunks_inside_a_document():
 
 def test_mega_goes_on_inside_a_chunk():
     """Pieces that end inside and at the end of chunks, and single tokens, equal the whole."""
-    module, x = mega.Config(chunk=5).build(32, nnx.Rngs(0)), contract.inputs(23, batch=2)[..., :32]
+    module, x = (
+        mega.Config(chunk=5).build(32, nnx.Rngs(0)),
+        jnp.asarray(subject.inputs(23, batch=2))[..., :32],
+    )
     call, pieces = jax.jit(lambda x, state: module(x, state=state)), []
     whole, want = call(x, module.init_state(2, 23))
     state = module.init_state(2, 23)
@@ -202,7 +208,7 @@ def both_ways(x, back, ahead):
 
 def test_a_filter_ahead_begins_at_the_token_itself():
     """e_0 ahead and nothing back give y_t = x_t, as k_rev of the released fftconv_ref does."""
-    x = contract.inputs(7)[..., :3]
+    x = jnp.asarray(subject.inputs(7))[..., :3]
     ahead = jnp.zeros((7, 3)).at[0].set(1.0)
     y = monarch_mixer._both_ways(x, (0 * ahead, ahead), jnp.zeros(3), None)
     assert_close(y, x, "float32", "e_0")
@@ -218,7 +224,7 @@ def test_the_sines_of_monarch_mixers_filters_start_at_ten():
 def test_bounded_states_hold_the_whole_capacity():
     """A state for fewer tokens than the filters reach is smaller and reads the same."""
     config = hyena.Config(order=1, length=64, filter_hidden=8)
-    module, x = config.build(32, nnx.Rngs(0)), contract.inputs(12)[..., :32]
+    module, x = config.build(32, nnx.Rngs(0)), jnp.asarray(subject.inputs(12))[..., :32]
     small, large = module.init_state(len(x), 12), module.init_state(len(x), 100)
     assert small["z"][0].shape[1] == 11 and large["z"][0].shape[1] == 63
     call = jax.jit(lambda state: module(x, state=state)[0])

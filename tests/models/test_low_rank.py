@@ -8,7 +8,7 @@ from flax import nnx
 
 from models.low_rank import fnet, linformer, nystromformer, sinkhorn, synthesizer
 from models.parts import documents
-from tests import contract
+from tests import subject
 from tests.tolerance import assert_close
 
 WIDTH, LENGTH = 8, 24
@@ -25,7 +25,7 @@ def drawn(config):
 
 def call(graph, weights, x, segments=None):
     with jax.enable_x64(True):
-        return np.asarray(contract.run(graph, weights, x, segments)[0])
+        return np.asarray(subject.run(graph, weights, x, segments)[0])
 
 
 def softmax(scores):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from models.parts import nonlinear_scan
 from models.recurrent import gru, hgrn, lstm, min_gru, min_lstm, qrnn, rwkv4, slstm, sru
-from tests import contract
+from tests import subject
 from tests.tolerance import assert_close
 
 WIDTH, LENGTH = 8, 12
@@ -177,7 +177,7 @@ def test_the_papers_loop(config, loop):
     graph, weights = drawn(config)
     x = np.random.default_rng(2).normal(size=(1, LENGTH, WIDTH))
     with jax.enable_x64(True):
-        y, _ = contract.run(graph, weights, x)
+        y, _ = subject.run(graph, weights, x)
         assert_close(y[0], np.stack(loop(weights, x[0])), jnp.float64, "the paper's loop")
 
 
@@ -197,7 +197,7 @@ def test_a_large_key_of_rwkv4_does_not_overflow():
     """exp(k) would: sums are kept relative to the largest exponent."""
     graph, weights = drawn(rwkv4.Config())
     x = 1e4 * np.random.default_rng(0).normal(size=(1, LENGTH, WIDTH))
-    y, state = contract.run(graph, weights, x)
+    y, state = subject.run(graph, weights, x)
     assert np.isfinite(np.asarray(y)).all()
     assert float(state["bb"].min()) >= 1
 
@@ -209,7 +209,7 @@ def test_the_lower_bound_of_hgrn_is_memory(bound, low, high):
     weights["c_bias"] = 0 * weights["c_bias"]
     x = np.zeros((1, 200, WIDTH))
     x[0, 0] = 1
-    _, state = contract.run(graph, weights, x)
+    _, state = subject.run(graph, weights, x)
     assert low <= np.abs(np.asarray(state)).max() <= high
 
 
