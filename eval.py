@@ -1,6 +1,7 @@
 """Measure configs with one ruler: python eval.py --config=FILE [--config=FILE ...] [--workdir=DIR]
 
-Several --config give columns side by side, timed in turn. What each row means: docs/measure.md.
+Several --config give columns side by side, timed in turn. A run's --workdir needs no --config: the
+run describes itself. What each row means: docs/measure.md.
 python eval.py --compare A.json B.json shows what changed between two reports.
 python eval.py --curves RUN [RUN ...] [--out=curves.png] draws their loss curves in one picture.
 Exit codes: 0 done, 2 bad configuration, 3 no usable checkpoint in --workdir.
@@ -43,7 +44,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--curves"] and "--config" not in " ".join(sys.argv):
         return loss_curves(sys.argv[2:])
     launch.prepare()
-    experiments, options = loading.parse(sys.argv[1:], OPTIONS)
+    experiments, options = loading.parse(sys.argv[1:], OPTIONS, otherwise=of_runs)
     from evaluation import groups
 
     with loading.configuration():
@@ -65,6 +66,11 @@ def main() -> int:
     table.show(found)
     write(found, options)
     return 0
+
+
+def of_runs(options: dict) -> list[str]:
+    """The configs that the runs of --workdir have written."""
+    return [f"{folder}/config.json" for folder in options["workdir"].split(",") if folder]
 
 
 def compare(files: list[str]) -> int:

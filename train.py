@@ -14,7 +14,7 @@ from configs import loading
 from parallel import launch
 
 OPTIONS = {
-    "workdir": "",  # "": runs/NAME, after the config file
+    "workdir": "",  # "": runs/NAME, after the config file; of a run's config.json, that run
     "dry_run": False,  # print the plan and stop
     "profile": "",  # A:B writes a trace of steps A to B
     "distributed": False,  # several hosts: jax.distributed.initialize() before anything else
@@ -42,7 +42,9 @@ def main() -> int:
             plan = loop.make_plan(experiment)
         log.print_block(loop.describe(plan, 0, loop.compile_step(plan)))
         return 0
-    workdir = options["workdir"] or f"runs/{Path(options['config'][0].partition(':')[0]).stem}"
+    file = Path(options["config"][0].partition(":")[0])
+    default = file.parent if file.suffix == ".json" else Path("runs") / file.stem
+    workdir = options["workdir"] or str(default)
     try:
         with loading.configuration():
             profile = loading.span(options["profile"])

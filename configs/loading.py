@@ -1,13 +1,15 @@
 """The command line: config files, overrides of their fields, and a program's own options.
 
 `--config=FILE[:ARG]` runs FILE (a config file is code: run only what you trust) and passes ARG to
-its `get_config`; `--config.model.width=512` sets a field. Everything is checked before JAX is
+its `get_config`; `--config=RUN/config.json` reads what a run has written, which is no code;
+`--config.model.width=512` sets a field. Everything is checked before JAX is
 imported, on a preview of the file; then the file is read for real, and the config is frozen.
 """
 
 import contextlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import checks, overrides, preview, usage
-from configs.schema import RENAMED, Experiment, freeze
+from configs.schema import RENAMED, Experiment, freeze, from_dict
 
 ROOT = Path(__file__).parents[1]
 HELP = ("help", "h", "helpshort", "helpfull")
@@ -51,16 +53,21 @@ def configuration() -> Iterator[None]:
 
 
 def parse(
-    argv: Sequence[str], options: Mapping[str, Any], *, single: bool = False
+    argv: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    single: bool = False,
+    otherwise: Callable[[dict[str, Any]], list[str]] = lambda values: [],
 ) -> tuple[list[Experiment], dict[str, Any]]:
     """The frozen experiment of every `--config`, and the value of every option.
 
     `options` holds the program's own options with their defaults, which say the types (str, bool,
     int, float); the values come back under the same names, and the files as given under "config".
-    `single` refuses a second `--config`. `--help` prints the program's docstring and exits. All
-    that is wrong is a UsageError.
+    `single` refuses a second `--config`; without any, `otherwise` names files by the options'
+    values. `--help` prints the program's docstring and exits. All that is wrong is a UsageError.
     """
     files, pairs, values = _split(list(argv), options)
+    files = files or otherwise(values)
     if not files:
         raise UsageError("--config is missing. Try --config=configs/quickstart.py, or --help.")
     if single and len(files) > 1:
@@ -163,6 +170,8 @@ def load(spec: str) -> Experiment:
     """What `get_config` of FILE[:ARG] returns; UsageError if it does not return an Experiment."""
     name, colon, arg = spec.partition(":")
     path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        return _written(path)
     if path.suffix != ".py" or not path.is_file():
         raise UsageError(f"no config file {name!r}{_nearest_file(path)}.")
     args = (arg,) if colon else ()
@@ -185,6 +194,17 @@ def load(spec: str) -> Experiment:
     if not isinstance(tree, Experiment):
         kind = type(tree).__name__
         raise ConfigFileError(f"get_config() of {name} must return an Experiment, not {kind}.")
+    return tree
+
+
+def _written(path: Path) -> Experiment:
+    """The experiment of a run's config.json; nothing of the file is run."""
+    try:
+        tree = from_dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    if not isinstance(tree, Experiment):
+        raise UsageError(f"{path} is no config.json that a run has written.")
     return tree
 
 

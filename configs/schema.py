@@ -5,13 +5,19 @@ has been read; then `freeze` makes it constant. "Off" is 0, "" or an empty tuple
 say it. This module imports neither JAX nor a model: a misspelt key is refused before they load.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
-from typing import Any, Literal
+import re
+from typing import Any, Literal, NamedTuple
 
+from configs import overrides
 from training.optimizers import adamw
+
+ROOMS = ("configs\\.schema", "models", "data", "training\\.optimizers")  # where Configs are
 
 
 @dataclasses.dataclass
@@ -139,6 +145,106 @@ def to_dict(tree: Any) -> Any:
         return tree
     named = {f.name: to_dict(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
     return {"class": f"{type(tree).__module__}.{type(tree).__name__}", **named}
+
+
+def from_dict(values: Any, key: str = "") -> Any:
+    """The tree that `to_dict` described; ValueError in one line where it describes none of ours.
+
+    Nothing is run but the import of a module of this library that holds a Config: see `ROOMS`.
+    """
+    if isinstance(values, list):
+        return tuple(from_dict(node, f"{key}[{i}]") for i, node in enumerate(values))
+    if not isinstance(values, dict):
+        return values
+    values = _today(values)
+    cls = _class(values.get("class"), key)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    given = {}
+    for name, value in values.items():
+        inner = overrides.join(key, name)
+        if name == "class":
+            continue
+        if name not in fields:
+            near = overrides.hint(name, fields)
+            raise ValueError(f"unknown key {inner!r}{near} in a stored config.")
+        given[name] = from_dict(value, inner)
+        if not overrides.fits(fields[name].type, given[name]):
+            raise ValueError(overrides.refusal(inner, fields[name].type, repr(value), str(value)))
+    try:
+        return cls(**given)
+    except TypeError as error:  # a field without a default is not there
+        raise ValueError(f"stored config, {key or 'outermost'}: {error}") from None
+
+
+def _today(values: dict) -> dict:
+    """A stored section in today's keys: an optimizer once had a name where it has a rule."""
+    if values.get("class") != "configs.schema.Optimizer" or "name" not in values:
+        return values
+    inner = {key: values[key] for key in ("b1", "b2", "eps") if key in values}
+    rule = {"class": f"training.optimizers.{values['name']}.Config", **inner}
+    kept = {key: value for key, value in values.items() if key not in ("name", *inner)}
+    return kept | {"rule": rule}
+
+
+def _class(name: Any, key: str) -> type:
+    """The dataclass `MODULE.NAME` of a module in ROOMS."""
+    module, _, kind = str(name).rpartition(".")
+    cls = None
+    if re.fullmatch(rf"(?:{'|'.join(ROOMS)})(?:\.[a-z][a-z0-9_]*)*", module):
+        with contextlib.suppress(ImportError):
+            cls = vars(importlib.import_module(module)).get(kind)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module):
+        where = f"stored config, {key or 'outermost'}"
+        raise ValueError(f"{where}: {name!r} is no class of a config of this library.")
+    return cls
+
+
+class Change(NamedTuple):
+    """A key whose value differs between two configs; classes by their last names."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {_shown(self.old)}, now {_shown(self.new)}"
+
+
+def changes(old: Any, new: Any, key: str = "") -> list[Change]:
+    """The keys in which the config `new` differs from `old`, which `to_dict` described.
+
+    What `old` does not know, as it is older, counts as the default.
+    """
+    if isinstance(new, (tuple, list)):
+        if not isinstance(old, list) or len(old) != len(new):
+            return [Change(key, old, to_dict(new))]
+        pairs = [(old[i], node, f"[{i}]") for i, node in enumerate(new)]
+    elif dataclasses.is_dataclass(new):
+        described, old = to_dict(new), _today(old) if isinstance(old, dict) else old
+        if not isinstance(old, dict) or old.get("class") != described["class"]:
+            return [Change(key, old, described)]
+        pairs = [
+            (old.get(field.name, to_dict(_default(field))), getattr(new, field.name), field.name)
+            for field in dataclasses.fields(new)
+        ]
+    else:
+        return [] if old == new else [Change(key, old, new)]
+    return [c for was, now, part in pairs for c in changes(was, now, overrides.join(key, part))]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _shown(value: Any) -> str:
+    """A value in a line for the user."""
+    if isinstance(value, dict):  # models.attention.softmax.Config: softmax
+        return str(value.get("class", "?")).removesuffix(".Config").rpartition(".")[2]
+    if isinstance(value, list):
+        return f"({', '.join(map(_shown, value))})"
+    return str(value)
 
 
 def fingerprint(tree: Any) -> str:

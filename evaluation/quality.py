@@ -10,13 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from configs import schema
 from evaluation import rows
 from evaluation.subject import Subject
 from parallel import sharding
 from resources import fidelity
 from resources.row import Row, not_available
-from training import checkpoint, log, loop
+from training import checkpoint, layout, log, loop, runs
 from training.step import fitted, put_batch
 
 LONGER = (2, 4)  # times the trained length
@@ -32,27 +31,39 @@ class Trained(NamedTuple):
     params: Any
     step: int
     folder: Path  # of the run
+    remark: str = ""  # on the corpus, where the run was trained on another one
 
 
 def load(subject: Subject, workdir: str) -> Trained | str:
     """The newest checkpoint of a run's folder, or why there is none for this config."""
     if not workdir:
         return "no --workdir with a checkpoint"
-    folder = Path(workdir) / "checkpoints"
+    folder = Path(workdir)
     plan = loop.make_plan(subject.experiment)
+    model, trainer, remark = plan.experiment.model, plan.trainer, ""
+    former = model
+
+    def shapes(meta):
+        nonlocal former, remark
+        found = runs.difference(folder, meta, plan.experiment, plan.train.fingerprint)
+        runs.refuse_reuse(folder, meta, found.model)
+        if found.corpus:
+            remark = f"trained with {found.corpus[0]}"
+        former = runs.former_layout(folder, meta, model)
+        state = loop.stored_in(plan, former)
+        return {name: getattr(state, name) for name in trainer.judged}
+
     try:
-        trainer = plan.trainer
-        abstract = {name: getattr(trainer.stored, name) for name in trainer.judged}
-        restored = checkpoint.restore(folder, abstract, only=trainer.judged)
+        restored = checkpoint.restore(folder / runs.CHECKPOINTS, shapes, partial=True)
+        if restored is None:
+            return f"no checkpoint in {folder / runs.CHECKPOINTS}"
+        stored = {name: getattr(trainer.stored, name) for name in trainer.judged}
+        found = layout.relaid(restored.tree, former, stored, model)
     except ValueError as error:
         return str(error)
-    if restored is None:
-        return f"no checkpoint in {folder}"
-    if restored.meta["model"] != schema.fingerprint(subject.experiment.model):
-        return f"the checkpoint in {folder} is of another model"
-    found = {name: fitted(t, getattr(trainer.abstract, name)) for name, t in restored.tree.items()}
+    found = {name: fitted(tree, getattr(trainer.abstract, name)) for name, tree in found.items()}
     params = trainer.weights(trainer.abstract._replace(**found))
-    return Trained(plan, params, restored.meta["step"], Path(workdir))
+    return Trained(plan, params, restored.meta["step"], folder, remark)
 
 
 def steps_to(found: Trained | str, bits: float) -> int | str | None:
@@ -83,6 +94,7 @@ def validation(subject: Subject, found: Trained | str) -> list[Row]:
         bits = loop.evaluate(plan, found.params, batches)
         with_noise = loop.evaluate(_corrupted(plan), found.params, batches)
     note = f"step {found.step}, {batches} of {len(plan.validation)} batches"
+    note += f"; {found.remark}" if found.remark else ""
     found_rows = [Row("validation", bits, UNIT, "measured", note)]
     found_rows += [_longer(subject, found, times, bits) for times in LONGER]
     return [*found_rows, Row(noisy, with_noise, UNIT, "measured", f"x {with_noise / bits:.3f}")]

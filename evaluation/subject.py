@@ -145,11 +145,13 @@ class Subject:
 
 
 def choose(experiments: Sequence[schema.Experiment], files: Sequence[str]) -> list[Subject]:
-    """A subject for each config, named after its file."""
+    """A subject for each config, named after its file or its run."""
     subjects, names = [], []
     for i, (experiment, file) in enumerate(zip(experiments, files, strict=True)):
         path, colon, word = file.partition(":")
-        names.append(Path(path).stem + colon + word)
+        of_run = path.endswith(".json")  # config.json in a run's folder
+        name = Path(path).resolve().parent.name if of_run else Path(path).stem
+        names.append(name + colon + word)
         twins = names[:i].count(names[i])
         if experiment.model.vocabulary == 0:
             experiment = loop.settled(experiment)

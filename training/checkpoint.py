@@ -23,12 +23,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from training import guards, manifest
+from training import guards, leaves, manifest
 from training.manifest import committed as committed
 
 STATE = "state"  # the folder in a step that Orbax fills
 MOST_FAILURES = 3  # failed saves in a row that end a run
-MOST_NAMES = 10  # names in a list of mismatched leaves
 
 # Orbax logs tracebacks from each of its threads; a failed save is reported in one line, here.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -61,19 +60,28 @@ def restore(
     folder: Path,
     abstract_tree: Any,
     *,
-    only: tuple[str, ...] = (),
+    partial: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> Restored | None:
     """The newest undamaged checkpoint of `folder`, laid out as `abstract_tree` says; None if none.
 
+    `abstract_tree` is a tree or a function that makes one of the checkpoint's `meta`.
     Leaves of `abstract_tree` are `jax.ShapeDtypeStruct`s; each array comes back with that sharding
     (none: on the default device), bit for bit, in memory of its own that may be donated. With
-    `only=("params",)` the tree holds just those leaves whose names start with "params/". Each
+    `partial` only those outermost parts of what was saved are read that the tree has. Each
     damaged step costs one warning. Raises NoUsableCheckpoint if all are damaged, and ValueError if
     the leaves differ from those that were saved. Reads only; every process must call it.
     """
     step = _newest_good(Path(folder), {}, warn)
-    return None if step is None else _load(Path(folder) / str(step), abstract_tree, only)
+    return None if step is None else _load(Path(folder) / str(step), abstract_tree, partial)
+
+
+def peek(folder: Path) -> dict | None:
+    """`meta` of the newest committed step, read at no cost and not verified; None if none."""
+    for step in reversed(committed(Path(folder))):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return manifest.read(Path(folder) / str(step))["meta"]
+    return None
 
 
 def arrays(folder: Path, warn: Callable[[str], None] = _warn) -> list[np.ndarray]:
@@ -82,8 +90,8 @@ def arrays(folder: Path, warn: Callable[[str], None] = _warn) -> list[np.ndarray
     if step is None:
         return []
     path = Path(folder) / str(step)
-    leaves = manifest.read(path)["leaves"]
-    loaded = _read(path, leaves, {name: None for name in leaves})
+    stored = manifest.read(path)["leaves"]
+    loaded = _read(path, stored, {name: None for name in stored})
     return [np.asarray(loaded[name]) for name in sorted(loaded)]
 
 
@@ -121,6 +129,14 @@ class Checkpoints:
         """Committed steps, oldest first."""
         return committed(self.folder)
 
+    def refuse_taken(self, step: int) -> None:
+        """ValueError if a step cannot be saved, as its folder holds what is not ours."""
+        if manifest.is_taken(self.folder / str(step)):
+            raise ValueError(
+                f"{self.folder / str(step)} holds files of something else, and step {step} is to "
+                "be saved there. Move them away or use another workdir."
+            )
+
     def _tidy(self) -> None:
         """Remove what killed saves left; say what else lies there, and leave it."""
         for step in manifest.unfinished(self.folder):
@@ -130,8 +146,8 @@ class Checkpoints:
         for step in manifest.marked(self.folder):
             manifest.finish(self.folder / str(step))
         if unknown := manifest.unknown(self.folder):
-            names = ", ".join(map(str, unknown[:MOST_NAMES]))
-            more = ", ..." if len(unknown) > MOST_NAMES else ""
+            names = ", ".join(map(str, unknown[: leaves.MOST_NAMES]))
+            more = ", ..." if len(unknown) > leaves.MOST_NAMES else ""
             self._warn(
                 f"checkpoint: left {names}{more} in {self.folder} as found: no {manifest.MARKER} "
                 "of a save of ours is there. Move away what is not a step of this run."
@@ -141,7 +157,7 @@ class Checkpoints:
         """`restore` of this folder; damaged steps found here go when the next save is committed."""
         self._join()
         step = _newest_good(self.folder, self._damaged, self._warn)
-        return None if step is None else _load(self.folder / str(step), abstract_tree, ())
+        return None if step is None else _load(self.folder / str(step), abstract_tree, False)
 
     def save(self, step: int, tree: Any, meta: dict) -> None:
         """Copy the arrays of `tree`, then write them and `meta` (JSON values) in the background.
@@ -153,20 +169,20 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / str(step)
-        values = _named(tree)
+        values = leaves.named(tree)
         foreign = [name for name, value in values.items() if not isinstance(value, jax.Array)]
         if foreign:
             raise ValueError(f"checkpoint leaf {foreign[0]} is no jax.Array. Use jnp.asarray.")
         # Through JSON and back: a bad meta is refused here, and a later change does not reach it.
         meta = json.loads(json.dumps(meta | {"step": step}))
-        head = {"step": step, "meta": meta, "leaves": _leaves(values)}
+        head = {"step": step, "meta": meta, "leaves": leaves.describe(values)}
         if _agree(step in self.steps() and not manifest.damage(path)):
             return
         try:
             if jax.process_index() == 0:
                 manifest.remove(path)
                 manifest.begin(path)
-            stored = {name: _words(value) for name, value in values.items() if value.size}
+            stored = {name: leaves.words(value) for name, value in values.items() if value.size}
             response = ocp.save_async(str((path / STATE).absolute()), stored)
         except Exception as error:  # whatever a full or broken disk makes of it
             self._fail(step, error)
@@ -241,40 +257,6 @@ def _agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by name, the path joined with "/"; ValueError if two share a name or none is there."""
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "leaf"
-        if name in named:
-            raise ValueError(f"two leaves of the tree are both named {name}. Rename one.")
-        named[name] = leaf
-    if not named:
-        raise ValueError("the tree has no leaves: there is nothing to save or restore.")
-    return named
-
-
-def _is_key(leaf) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _words(value: jax.Array) -> jax.Array:
-    """A random key as the integers it is made of; any other array as it is."""
-    return jax.random.key_data(value) if _is_key(value) else value
-
-
-def _leaves(values: dict[str, Any]) -> dict[str, dict]:
-    """Shape and dtype by name; for random keys also their words' and the name of the generator."""
-    described = {}
-    for name, value in values.items():
-        described[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
-        if _is_key(value):
-            words = jax.eval_shape(jax.random.key_data, value)
-            described[name]["key"] = str(jax.random.key_impl(value))
-            described[name]["words"] = {"shape": list(words.shape), "dtype": str(words.dtype)}
-    return described
-
-
 def _metric(path: Path) -> float:
     """The step's validation metric; NaN where it has none or cannot be read."""
     try:
@@ -314,12 +296,15 @@ def _search(folder: Path, damaged: dict[int, str]) -> int:
     return -2 if damaged or manifest.unknown(folder) else -1
 
 
-def _load(path: Path, abstract_tree: Any, only: tuple[str, ...]) -> Restored:
+def _load(path: Path, abstract_tree: Any, partial: bool) -> Restored:
     sealed = manifest.read(path)
-    leaves, wanted = sealed["leaves"], _named(abstract_tree)
-    if only:
-        leaves = {name: leaf for name, leaf in leaves.items() if name.partition("/")[0] in only}
-    _refuse_mismatch(path.name, leaves, wanted)
+    if callable(abstract_tree):
+        abstract_tree = abstract_tree(sealed["meta"])
+    held, wanted = sealed["leaves"], leaves.named(abstract_tree)
+    if partial:
+        parts = {name.partition("/")[0] for name in wanted}
+        held = {name: leaf for name, leaf in held.items() if name.partition("/")[0] in parts}
+    leaves.refuse_mismatch(path.name, held, wanted)
     loaded = _read(path, sealed["leaves"], {n: leaf.sharding for n, leaf in wanted.items()})
     values = []
     for name, leaf in wanted.items():
@@ -328,18 +313,18 @@ def _load(path: Path, abstract_tree: Any, only: tuple[str, ...]) -> Restored:
             value = jnp.asarray(np.asarray(value))  # not tied to a device
         # Orbax may hand out host memory that XLA does not own: a copy can be donated safely.
         value = jnp.copy(value)
-        key = leaves[name].get("key")
+        key = held[name].get("key")
         values.append(jax.random.wrap_key_data(value, impl=key) if key else value)
     return Restored(jax.tree.unflatten(jax.tree.structure(abstract_tree), values), sealed["meta"])
 
 
-def _read(path: Path, leaves: dict[str, dict], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+def _read(path: Path, stored: dict[str, dict], shardings: dict[str, Any]) -> dict[str, jax.Array]:
     """The named arrays of a step, with their shardings (None: the first local device)."""
     default = SingleDeviceSharding(jax.local_devices()[0])
     request, empty = {}, {}
-    for name, leaf in leaves.items():
-        stored = leaf.get("words", leaf)
-        shape, dtype = tuple(stored["shape"]), jnp.dtype(stored["dtype"])
+    for name, leaf in stored.items():
+        kept = leaf.get("words", leaf)
+        shape, dtype = tuple(kept["shape"]), jnp.dtype(kept["dtype"])
         where = shardings.get(name) or default
         if math.prod(leaf["shape"]) == 0:  # Orbax stores no empty arrays
             empty[name] = jnp.zeros(shape, dtype, device=where)
@@ -349,29 +334,6 @@ def _read(path: Path, leaves: dict[str, dict], shardings: dict[str, Any]) -> dic
             request[name] = ocp.PLACEHOLDER
     loaded = ocp.load(str((path / STATE).absolute()), request) if request else {}
     return {name: (loaded | empty)[name] for name in shardings}
-
-
-def _refuse_mismatch(step: str, stored: dict[str, dict], wanted: dict[str, Any]) -> None:
-    """ValueError unless names, shapes and dtypes of stored and wanted leaves are equal."""
-    shared = [name for name in wanted if name in stored]
-    shapes = [(n, tuple(stored[n]["shape"]), tuple(wanted[n].shape)) for n in shared]
-    dtypes = [(n, stored[n]["dtype"], str(wanted[n].dtype)) for n in shared]
-    groups = {
-        "missing": [name for name in wanted if name not in stored],
-        "unexpected": [name for name in stored if name not in wanted],
-        "of another shape": [f"{n} {old}, now {new}" for n, old, new in shapes if old != new],
-        "of another dtype": [f"{n} {old}, now {new}" for n, old, new in dtypes if old != new],
-    }
-    parts = []
-    for what, names in groups.items():
-        if names:
-            more = ", ..." if len(names) > MOST_NAMES else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:MOST_NAMES])}{more}")
-    if parts:
-        raise ValueError(
-            f"checkpoint error: step {step} does not fit this model. {'; '.join(parts)}. "
-            "Use the config it was saved with, or another workdir."
-        )
 
 
 def _reason(error: Exception) -> str:

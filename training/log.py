@@ -20,7 +20,17 @@ from rich.text import Text
 
 from training.manifest import write_atomic
 
-PHASES = ("init", "compile", "restore", "data", "step", "evaluation", "save", "other")
+PHASES = (
+    "startup",
+    "initialization",
+    "compile",
+    "restore",
+    "data",
+    "step",
+    "evaluation",
+    "save",
+    "other",
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 EXACT = ("loss", "grad_norm")  # also recorded as hexadecimal floats, to compare runs bit by bit
 PIPED = 10_000  # columns for what is piped: it is not cut to a screen's width
@@ -31,14 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 class Account:
     """Where the wall time goes: seconds by phase, which add up to the time since `started`.
 
-    `started` is a `time.perf_counter()` taken earlier (default: now). Time in no phase is "init"
+    `started` is a `time.perf_counter()` taken earlier (default: now). Time in no phase is "startup"
     until `settle` is called, then "other"; a phase inside a phase interrupts the outer one.
     """
 
     def __init__(self, started: float | None = None):
         self.seconds: dict[str, float] = {name: 0.0 for name in PHASES}
         self._mark = time.perf_counter() if started is None else started
-        self._open = ["init"]
+        self._open = ["startup"]
 
     def settle(self) -> None:
         """The start is over: from here on, time in no phase is "other"."""

@@ -19,10 +19,12 @@ from data.tokenizers import open_tokenizer
 from models import lm, weights
 from parallel import sharding
 from parallel.mesh import make_mesh
-from training import guards, plot
+from training import guards, layout, plot, runs
 from training.checkpoint import Checkpoints
 from training.log import Log
 from training.step import State, Trainer, fitted, make_trainer, put_batch
+
+REPEATS = 40  # epochs after which the same data again no longer lowers the loss
 
 
 class Plan(NamedTuple):
@@ -52,16 +54,21 @@ class Result:
 
 def make_plan(experiment: schema.Experiment) -> Plan:
     """Mesh, data and step of `experiment`; ValueError where they do not fit together."""
-    experiment = settled(experiment)  # before minutes of encoding
-    host, hosts = jax.process_index(), jax.process_count()
+    experiment = settled(experiment)
     mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
+    trainer = _trainer(experiment, mesh)  # what does not fit is refused before minutes of encoding
+    host, hosts = jax.process_index(), jax.process_count()
     splits = [open_split(experiment.data, name, host, hosts) for name in ("train", "validation")]
     if experiment.model.objective == "masked":
         splits = [masking.masked(split, lm.HIDDEN) for split in splits]
-    train, validation = splits
+    return Plan(experiment, mesh, trainer, *splits)
+
+
+def _trainer(experiment: schema.Experiment, mesh: jax.sharding.Mesh) -> Trainer:
+    tokenizer = open_tokenizer(experiment.data.tokenizer)
     lengths = np.zeros(experiment.model.vocabulary, np.float32)
-    lengths[: train.tokenizer.vocabulary] = train.tokenizer.byte_lengths
-    return Plan(experiment, mesh, make_trainer(experiment, mesh, lengths), train, validation)
+    lengths[: tokenizer.vocabulary] = tokenizer.byte_lengths
+    return make_trainer(experiment, mesh, lengths)
 
 
 def settled(experiment: schema.Experiment) -> schema.Experiment:
@@ -86,6 +93,8 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     active = weights.active(nnx.merge(plan.trainer.graph, params))
     device = jax.devices()[0]
     tokens = experiment.data.batch * experiment.data.length
+    epochs = experiment.steps / len(plan.train)
+    far = f", more than the {REPEATS} that teach anything (arXiv 2305.16264)"
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} host(s)",
         "mesh": ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items()),
@@ -94,7 +103,7 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
         "data": f"{experiment.data.source}: {plan.train.tokens:,} training tokens "
         f"({plan.train.fingerprint[:12]})",
         "tokens per step": f"{tokens:,} ({experiment.data.batch} x {experiment.data.length})",
-        "steps": f"{experiment.steps:,} ({experiment.steps / len(plan.train):.2f} epochs)",
+        "steps": f"{experiment.steps:,} ({epochs:,.2f} epochs{far * (epochs > REPEATS)})",
     }
     if program is not None:
         memory = program.memory_analysis()
@@ -134,27 +143,31 @@ def train(
     """
     folder = Path(workdir)
     guards.preflight(folder)
+    runs.refuse_foreign(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(guards.RunLock(folder))
         stop = stack.enter_context(guards.GracefulStop())
         log = stack.enter_context(Log(folder, experiment.steps, started))
+        runs.refuse(folder, settled(experiment))
         plan = make_plan(experiment)
         saved = experiment.checkpoint
         checkpoints = Checkpoints(
-            folder / "checkpoints", keep=saved.keep, keep_best=saved.keep_best
+            folder / runs.CHECKPOINTS, keep=saved.keep, keep_best=saved.keep_best
         )
         stack.callback(checkpoints.close)
+        checkpoints.refuse_taken(experiment.steps)
         stack.enter_context(sharding.on(plan.mesh))
         return _run(plan, log, checkpoints, stop, profile)
 
 
 def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Result:
     experiment, trainer = plan.experiment, plan.trainer
+    state, start, remarks = _resume(plan, log, checkpoints)
     with log.phase("compile"):
         program = compile_step(plan)
-    with log.phase("restore"):
-        state, start = _resume(plan, checkpoints)
     log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
+    for line in remarks:
+        log.line(line)
     meter, score = _Meter(experiment, log), math.nan
     with contextlib.ExitStack() as stack:
         watchdog = guards.Watchdog(experiment.guards.hang_timeout_s, log.folder)
@@ -185,7 +198,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
                     checkpoints.save(step, fitted(state, trainer.stored), meta)
             if last:
                 break
-    if start == experiment.steps:  # nothing was left to do but to say how good it is
+    if start >= experiment.steps:  # nothing was left to do but to say how good it is
         score = evaluate(plan, trainer.weights(state), experiment.evaluation.batches)
     else:
         with log.phase("save"):
@@ -242,28 +255,40 @@ class _Meter:
             self.log.record(step, metrics | more | self.position(step))
 
 
-def _resume(plan: Plan, checkpoints: Checkpoints) -> tuple[State, int]:
-    """The newest good state with its step, or a fresh one; ValueError for another experiment's."""
-    restored = checkpoints.restore(plan.trainer.stored)
-    if restored is None:
-        return plan.trainer.init(), 0
-    state, meta = restored
-    for what, now in (("model", _model_print(plan)), ("data", plan.train.fingerprint)):
-        if meta[what] != now:
-            raise ValueError(
-                f"the checkpoint in {checkpoints.folder} was written with another {what} "
-                f"({meta[what][:12]}, now {now[:12]}). Use another --workdir or the old config."
-            )
-    return fitted(state, plan.trainer.abstract), int(meta["step"])
+def _resume(plan: Plan, log: Log, checkpoints: Checkpoints) -> tuple[State, int, list[str]]:
+    """The newest good state, its step, and what to say of it; or a fresh one.
+
+    ValueError where the checkpoint is of another model, tokenizer or corpus.
+    """
+    experiment, trainer = plan.experiment, plan.trainer
+    former, remarks = [experiment.model], []
+
+    def shapes(meta):
+        found = runs.difference(log.folder, meta, experiment, plan.train.fingerprint)
+        runs.refuse_reuse(log.folder, meta, [*found.model, *found.state, *found.corpus])
+        remarks.extend(runs.remarks(meta, found, experiment))
+        former[0] = runs.former_layout(log.folder, meta, experiment.model)
+        return stored_in(plan, former[0])
+
+    with log.phase("restore"):
+        restored = checkpoints.restore(shapes)
+        if restored is not None:
+            state = layout.relaid(restored.tree, former[0], trainer.stored, experiment.model)
+            return fitted(state, trainer.abstract), int(restored.meta["step"]), remarks
+    with log.phase("initialization"):
+        return jax.block_until_ready(trainer.init()), 0, remarks
 
 
-def _model_print(plan: Plan) -> str:
-    return schema.fingerprint(plan.experiment.model)
+def stored_in(plan: Plan, model: lm.Config) -> State:
+    """What a checkpoint of `model` holds, where it is the plan's but for the layout of layers."""
+    if model.layers == plan.experiment.model.layers:
+        return plan.trainer.stored
+    return _trainer(dataclasses.replace(plan.experiment, model=model), plan.mesh).stored
 
 
 def _meta(plan: Plan, step: int, score: float) -> dict:
-    data = plan.train.fingerprint
-    return {"step": step, "metric": score, "model": _model_print(plan), "data": data}
+    described = runs.describe(plan.experiment, plan.train.tokenizer, plan.train.fingerprint)
+    return {"step": step, "metric": score, **described}
 
 
 def evaluate(plan: Plan, params, batches: int, beat: Callable[[], None] = lambda: None) -> float:
@@ -289,7 +314,8 @@ def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:
     step = int(state.step)
     picture = log.folder / "loss.png"
     if log.writes:
-        plot.loss_curve([log.folder], picture)
+        with contextlib.suppress(ValueError, OSError):  # records may be gone, or the disk full
+            plot.loss_curve([log.folder], picture)
     steps = checkpoints.steps()
     paths = {
         "checkpoint": checkpoints.folder / str(steps[-1]) if steps else checkpoints.folder,
@@ -305,5 +331,5 @@ def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:
         program,
         log.account.text(),
         paths,
-        step == plan.experiment.steps,
+        step >= plan.experiment.steps,
     )

@@ -137,6 +137,13 @@ def remove(path: Path) -> None:
     path.rmdir()
 
 
+def is_taken(path: Path) -> bool:
+    """Whether a step cannot be written at `path`: it is there and holds what is not ours."""
+    if not path.is_dir():
+        return path.exists() or path.is_symlink()
+    return not _is_empty(path) and not _is_ours(path)
+
+
 def _mark(path: Path) -> None:
     (path / MARK).touch()  # its name says all: a kill leaves it, or nothing
     sync_folder(path)

@@ -81,7 +81,7 @@ def make_trainer(
         graph,
         abstract,
         stored,
-        jax.jit(lambda: init(build()), out_shardings=shardings),
+        jax.jit(lambda: init(build()), out_shardings=shardings, compiler_options=_quick(mesh)),
         jax.jit(
             update, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0
         ),
@@ -89,6 +89,12 @@ def make_trainer(
         *_weights_function(config, shardings.params),
         batch,
     )
+
+
+def _quick(mesh: jax.sharding.Mesh) -> dict[str, int] | None:
+    """Compiler options for a program that runs once: LLVM's first level gives the same numbers."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 1} if on_cpu else None
 
 
 def fitted(tree: Any, abstract: Any) -> Any:

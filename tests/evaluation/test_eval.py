@@ -14,13 +14,14 @@ import jsonschema
 import pytest
 
 from configs import loading, schema
+from data import tokenizers
 from eval import OPTIONS
 from evaluation import groups, quality, rows
 from evaluation.subject import Subject, choose
 from models import lm
 from parallel import sharding
 from tests.report.test_report import SCHEMA
-from training import checkpoint, loop
+from training import checkpoint, loop, runs
 
 pytestmark = pytest.mark.xdist_group("eval")  # one worker: its fixtures are runs
 ROOT = Path(__file__).parents[2]
@@ -250,7 +251,7 @@ def test_one_group_alone_and_a_wrong_one(tmp_path):
 
 def test_columns_are_named_after_files():
     files = ["a/x.py", "b/y.py:wide", "b/x.py"]
-    named = choose([schema.Experiment()] * 3, files)
+    named = choose([schema.Experiment(lm.Config())] * 3, files)
     assert [subject.name for subject in named] == ["x", "y:wide", "x (2)"]
     assert [subject.index for subject in named] == [0, 1, 2]
 
@@ -308,9 +309,10 @@ def trained(tmp_path_factory):
     plan = loop.make_plan(experiment)
     state = plan.trainer.init()
     saved = checkpoint.Checkpoints(folder / "run" / "checkpoints")
-    meta = {"model": schema.fingerprint(experiment.model), "data": "", "metric": 0.0}
-    saved.save(3, state, meta)
+    described = runs.describe(plan.experiment, plan.train.tokenizer, plan.train.fingerprint)
+    saved.save(3, state, described | {"metric": 0.0})
     saved.close()
+    (folder / "run" / "config.json").write_text(json.dumps(schema.to_dict(plan.experiment)))
     with sharding.on(plan.mesh):
         expected = loop.evaluate(plan, state.params, experiment.evaluation.batches)
     return str(folder / "run"), experiment, expected
@@ -335,13 +337,49 @@ def test_another_model_s_checkpoint_is_no_number(trained):
     workdir, experiment, _ = trained
     wider = dataclasses.replace(experiment, model=lm.Config(width=24, depth=1))
     row, *others = validated(wider, workdir)
-    assert row.value is None and "does not fit this model" in row.note
+    assert row.value is None and "was written with model.width 16, now 24" in row.note
     assert all(other.note == row.note for other in others)
     capped = dataclasses.replace(experiment, model=lm.Config(width=16, depth=1, softcap=30.0))
     row, *_ = validated(capped, workdir)
-    assert row.value is None and row.note.endswith("is of another model")
+    assert row.value is None and "model.softcap 0.0, now 30.0." in row.note
     row, *_ = validated(experiment, workdir + "/elsewhere")
     assert row.value is None and row.note.startswith("no checkpoint in")
+
+
+def test_another_corpus_is_said_and_another_tokenizer_is_no_number(trained, tmp_path):
+    workdir, experiment, expected = trained
+    for split in ("train", "validation", "test"):
+        (tmp_path / "other" / split).mkdir(parents=True)
+        (tmp_path / "other" / split / "a.txt").write_text(f"{split}: 1234567\n" * 200)
+    data = dataclasses.replace(experiment.data, source=f"text:{tmp_path / 'other'}")
+    row, *_ = validated(dataclasses.replace(experiment, data=data), workdir)
+    assert row.value is not None and row.value != expected
+    said = f"trained with data.source {experiment.data.source}, now {data.source}"
+    assert row.note.endswith(said)
+    tokenizers.train(experiment.data, 257, tmp_path / "as_many.json")  # ids in another order
+    data = dataclasses.replace(experiment.data, tokenizer=f"bpe:{tmp_path / 'as_many.json'}")
+    row, *_ = validated(dataclasses.replace(experiment, data=data), workdir)
+    assert row.value is None and "with data.tokenizer bytes, now bpe:" in row.note
+
+
+def test_the_other_layout_of_layers_reads_the_same_weights(trained):
+    workdir, experiment, expected = trained
+    model = dataclasses.replace(experiment.model, layers="unrolled", remat="blocks")
+    row, *_ = validated(dataclasses.replace(experiment, model=model), workdir)
+    assert row.value == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_is_measured_without_a_config(trained, tmp_path):
+    workdir, _, expected = trained
+    done = program(
+        tmp_path, f"--workdir={workdir}", "--only=quality", f"--json={tmp_path / 'found.json'}"
+    )
+    assert done.returncode == 0, done.stderr
+    (column,) = json.loads((tmp_path / "found.json").read_text())["columns"]
+    (row,) = (row for row in column["resources"]["quality"] if row["name"] == "validation")
+    assert column["config"] == "run" and row["value"] == pytest.approx(expected, rel=1e-5)
+    done = program(tmp_path, f"--workdir={workdir}/elsewhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_the_steps_to_a_loss_are_those_of_the_run(trained, tmp_path):

@@ -16,13 +16,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from training import checkpoint, manifest
+from training import checkpoint, leaves, manifest
 from training.checkpoint import Checkpoints, NoUsableCheckpoint, StorageError
 
 
 def bits(tree) -> list[tuple]:
     """Every leaf as dtype, shape and bytes: equal lists are bit-equal trees."""
-    words = [checkpoint._words(leaf) for leaf in jax.tree.leaves(tree)]
+    words = [leaves.words(leaf) for leaf in jax.tree.leaves(tree)]
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in words]
 
 
@@ -109,10 +109,10 @@ def test_round_trip(opened, said):
 def test_arrays_and_a_part(two_steps):
     tree = small_tree(200)
     stored = checkpoint.arrays(two_steps)
-    named = checkpoint._named(jax.tree.map(checkpoint._words, tree))
+    named = leaves.named(jax.tree.map(leaves.words, tree))
     expected = [np.asarray(named[name]) for name in sorted(named)]
     assert [x.tobytes() for x in stored] == [x.tobytes() for x in expected]
-    part, _ = checkpoint.restore(two_steps, {"params": abstract(tree["params"])}, only=("params",))
+    part, _ = checkpoint.restore(two_steps, {"params": abstract(tree["params"])}, partial=True)
     assert bits(part) == bits({"params": tree["params"]})
 
 

@@ -190,14 +190,14 @@ def test_account_adds_up(monkeypatch):
     assert seconds.pop("total") == sum(seconds.values()) == 14.0
     used = {name: s for name, s in seconds.items() if s}
     assert used == {
-        "init": 6.0,
+        "startup": 6.0,
         "compile": 1.0,
         "step": 3.0,
         "data": 1.0,
         "save": 1.0,
         "other": 2.0,
     }
-    with pytest.raises(ValueError, match="phase 'sleep' is unknown. Use one of init, compile"):
+    with pytest.raises(ValueError, match="phase 'sleep' is unknown. Use one of startup, init"):
         account.phase("sleep").__enter__()
 
 
