@@ -162,8 +162,8 @@ def packing(config, dtype=jnp.float32) -> None:
     (_, end), _ = one.pieces(alone, number, state, dy, none)
     x, dy = inputs(HALF, dtype, seed=5), inputs(HALF, dtype, seed=6)
     follow = lambda state: one.piece(x, ONE[:, :HALF], state, dy, none)
-    ((got, _), slopes), ((want, _), slopes_alone) = follow(after), follow(end)
-    close((got, slopes[:2]), (want, slopes_alone[:2]), "continued", dtype)
+    ((got, _), (_, dx, _)), ((want, _), (_, dx_alone, _)) = follow(after), follow(end)
+    close((got, dx), (want, dx_alone), "continued", dtype)
 
 
 def _same_bits(got, want) -> None:
