@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels import segments as boundaries
 
@@ -48,19 +48,27 @@ def document_positions(
     return place, jnp.where((segments != 0).any(1), place[:, -1] + 1, before_B)
 
 
-def document_counts(
-    marks_BTE: Int[Array, "B T E"], before_BE: Int[Array, "B E"], segments: Int[Array, "B T"] | None
-) -> Int[Array, "B T E"]:
-    """Sums of `marks` (0 or more) over the tokens of the document so far, its own included.
+def admit(
+    wants_BTE: Int[Array, "B T E"],
+    limit_BT: Int[Array, "B T"],
+    before_BE: Int[Array, "B E"],
+    segments: Int[Array, "B T"] | None,
+) -> tuple[Bool[Array, "B T E"], Int[Array, "B E"]]:
+    """c_t = min(c_{t-1} + wants_t, limit_t): which of `wants` (0 or 1) are let in, and the last c.
 
-    `before_BE` are those of the first document before the row.
+    c counts along a document, from `before` in the row's first one; `limit` never falls within a
+    document. In parallel: c is all that wanted, less the most by which that ever was too much.
     """
-    total_BTE = jnp.cumsum(marks_BTE, axis=1, dtype=jnp.int32) + before_BE[:, None]
-    if segments is None:
-        return total_BTE
-    start_BT1 = boundaries.starts(segments)[..., None]
-    earlier_BTE = jnp.where(start_BT1, total_BTE - marks_BTE, 0)
-    return total_BTE - jax.lax.cummax(earlier_BTE, axis=1)
+    total_BTE = jnp.cumsum(wants_BTE, axis=1, dtype=jnp.int32) + before_BE[:, None]
+    earlier_BTE = jnp.zeros_like(total_BTE)
+    if segments is not None:  # what wanted before the document, so that sums never fall
+        start_BT1 = boundaries.starts(segments)[..., None]
+        earlier_BTE = jax.lax.cummax(jnp.where(start_BT1, total_BTE - wants_BTE, 0), axis=1)
+    over_BTE = jnp.maximum(total_BTE - earlier_BTE - limit_BT[..., None], 0)
+    out_BTE = jax.lax.cummax(earlier_BTE + over_BTE, axis=1)
+    last_BTE = jnp.pad(out_BTE[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    refused_BTE = out_BTE > jnp.maximum(last_BTE, earlier_BTE)
+    return (wants_BTE > 0) & ~refused_BTE, (total_BTE - out_BTE)[:, -1]
 
 
 def write(

@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
 from models import cache, mixer, reports, weights
-from models.parts import capacity
 
 PARTS = 64  # the capacity is a multiple of 1 / PARTS: counts are compared in integers
 
@@ -86,7 +85,7 @@ class Mixer(mixer.Mixer):
         place_BT, place = cache.document_positions(old["place"], segments, wants_BT.shape[1])
         limit_BT = (place_BT + 1) * self.share // PARTS
         wants_BT1 = wants_BT[..., None].astype(jnp.int32)
-        passes_BT1, passed = capacity.admit(wants_BT1, limit_BT, old["passed"][:, None], segments)
+        passes_BT1, passed = cache.admit(wants_BT1, limit_BT, old["passed"][:, None], segments)
         return passes_BT1[..., 0], {"passed": passed[:, 0], "place": place}
 
     def _report(self, route_BT, passes_BT, real_BT):

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from kernels import segments as boundaries
 from models import cache, mixer, reports, weights
 from models.parts import routing
 
@@ -112,33 +111,10 @@ def keep(
     share = fractions.Fraction(factor).limit_denominator(64) * expert_BTJ.shape[2] / experts
     limit_BT = -(-(place_BT + 1) * share.numerator // share.denominator)
     limit_BT = jnp.maximum(limit_BT, least)
-    within_BTE, counts = admit(hot_BTE, limit_BT, state["counts"], segments)
+    within_BTE, counts = cache.admit(hot_BTE, limit_BT, state["counts"], segments)
     own_BTJ = jnp.take_along_axis(within_BTE, jnp.minimum(expert_BTJ, experts - 1), axis=2)
     kept_BTJ = jnp.where(own_BTJ, expert_BTJ, experts)
     return kept_BTJ, {"counts": counts, "place": place}
-
-
-def admit(
-    wants_BTE: Int[Array, "B T E"],
-    limit_BT: Int[Array, "B T"],
-    before_BE: Int[Array, "B E"],
-    segments: Int[Array, "B T"] | None,
-) -> tuple[Bool[Array, "B T E"], Int[Array, "B E"]]:
-    """c_t = min(c_{t-1} + wants_t, limit_t): which of `wants` (0 or 1) are let in, and the last c.
-
-    c counts along a document, from `before` in the row's first one; `limit` never falls within a
-    document. In parallel: c is all that wanted, less the most by which that ever was too much.
-    """
-    total_BTE = jnp.cumsum(wants_BTE, axis=1, dtype=jnp.int32) + before_BE[:, None]
-    earlier_BTE = jnp.zeros_like(total_BTE)
-    if segments is not None:  # what wanted before the document, so that sums never fall
-        start_BT1 = boundaries.starts(segments)[..., None]
-        earlier_BTE = jax.lax.cummax(jnp.where(start_BT1, total_BTE - wants_BTE, 0), axis=1)
-    over_BTE = jnp.maximum(total_BTE - earlier_BTE - limit_BT[..., None], 0)
-    out_BTE = jax.lax.cummax(earlier_BTE + over_BTE, axis=1)
-    last_BTE = jnp.pad(out_BTE[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    refused_BTE = out_BTE > jnp.maximum(last_BTE, earlier_BTE)
-    return (wants_BTE > 0) & ~refused_BTE, (total_BTE - out_BTE)[:, -1]
 
 
 def dropped(
