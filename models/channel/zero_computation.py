@@ -68,18 +68,19 @@ class Mixer(mixer.Mixer):
 
     def __call__(self, x, *, segments=None, state=None):
         real_BT = routing.real(segments, x)
-        probs_BTE = jax.nn.softmax(routing.logits(x, self.router))
-        weight_BTJ, expert_BTJ = routing.choose(probs_BTE, self.top_k, real_BT)
+        logits_BTE = routing.logits(x, self.router)
+        probs_BTE = jax.nn.softmax(logits_BTE)
+        logit_BTJ, expert_BTJ = routing.choose(logits_BTE, self.top_k, real_BT)
         hot_BTE = routing.hot(expert_BTJ, probs_BTE.shape[2])
         count = self.experts.up.shape[0]
         reports.loss("balance", self.balance * self._uneven(probs_BTE, hot_BTE, real_BT))
         routing.measure(probs_BTE, hot_BTE, real_BT)
-        weight_BTJ = jnp.where(expert_BTJ == count, 0, weight_BTJ)
-        total_BT1 = weight_BTJ.sum(-1, keepdims=True)
-        # A token that chose the zero expert alone has weights of zero, not 0 / 0.
-        total_BT1 = jnp.where(total_BT1 > 0, total_BT1, 1)
-        weight_BTJ = weight_BTJ / total_BT1
-        gates_BTE = (hot_BTE * probs_BTE / total_BT1)[..., count + 1 :].astype(x.dtype)
+        # p over the sum of p is a softmax of what is kept; the zero expert alone leaves nothing.
+        kept_BTJ = expert_BTJ != count
+        lowest = jnp.finfo(logit_BTJ.dtype).min
+        weight_BTJ = jax.nn.softmax(jnp.where(kept_BTJ, logit_BTJ, lowest)) * kept_BTJ
+        free_BTJE = expert_BTJ[..., None] == count + 1 + jnp.arange(1 + self.mix.shape[1])
+        gates_BTE = jnp.sum(weight_BTJ[..., None] * free_BTJE, axis=2).astype(x.dtype)
         y = self.experts(x, jnp.minimum(expert_BTJ, count), weight_BTJ)
         return y + gates_BTE[..., :1] * x + self._constant(x, gates_BTE[..., 1:]), ()
 
