@@ -33,29 +33,32 @@ OPTIONS = {
     "devices": "",  # a TOML file with devices, prices and powers of your own
     "profile": 0,  # so many operations that take the longest, by module
     "column": -1,  # measure this --config alone, counted from 0
+    "compile_cache": True,  # keep compiled programs in the user's cache folder, and read them
     "debug": False,  # show tracebacks of configuration errors
 }
 
 
 def main() -> int:
     """Read the command line, measure, print the table and write the files."""
+    launch.prepare()
     if sys.argv[1:2] == ["--compare"]:
         return compare(sys.argv[2:])
     if sys.argv[1:2] == ["--curves"] and "--config" not in " ".join(sys.argv):
         return loss_curves(sys.argv[2:])
-    launch.prepare()
     experiments, options = loading.parse(sys.argv[1:], OPTIONS, otherwise=of_runs)
     from evaluation import groups
 
     with loading.configuration():
         chosen = groups.choose(options["only"])
     from evaluation import measure, subject
-    from parallel import host
+    from parallel import compile_cache, host
     from report import table
     from training import guards
 
     if chosen != ["peak"]:  # the growth of a process that keeps memory would not show
         host.keep_memory()
+    # What compiling takes is part of a peak, so that a peak is always one with compiling.
+    compile_cache.use(options["compile_cache"] and chosen != ["peak"])
     try:
         with loading.configuration():
             subjects = subject.choose(experiments, options["config"])

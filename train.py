@@ -17,7 +17,11 @@ OPTIONS = {
     "workdir": "",  # "": runs/NAME, after the config file; of a run's config.json, that run
     "dry_run": False,  # print the plan and stop
     "profile": "",  # A:B writes a trace of steps A to B
-    "distributed": False,  # several hosts: jax.distributed.initialize() before anything else
+    "compile_cache": True,  # keep compiled programs in the user's cache folder, and read them
+    "distributed": False,  # be one of several processes, which the job manager names
+    "coordinator": "",  # HOST:PORT of process 0, where nothing else names it
+    "processes": 0,  # how many there are, with --coordinator
+    "process": -1,  # which one this is, counted from 0, with --coordinator
     "debug": False,  # show tracebacks of configuration errors
 }
 
@@ -28,13 +32,10 @@ def main() -> int:
     launch.prepare()
     (experiment,), options = loading.parse(sys.argv[1:], OPTIONS, single=True)
 
-    from parallel import host
-
-    host.keep_memory()
+    profile = loading.span(options["profile"])
+    start(options)
     import jax
 
-    if options["distributed"]:
-        jax.distributed.initialize()
     from training import guards, log, loop
 
     if options["dry_run"]:
@@ -47,7 +48,6 @@ def main() -> int:
     workdir = options["workdir"] or str(default)
     try:
         with loading.configuration():
-            profile = loading.span(options["profile"])
             result = loop.train(experiment, workdir, profile, started)
     except guards.Stop as stop:
         print(stop, file=sys.stderr)
@@ -55,6 +55,18 @@ def main() -> int:
     if jax.process_index() == 0:
         conclude(result)
     return 0
+
+
+def start(options: dict) -> None:
+    """What a training process is, before its first array: its memory, its job, its cache."""
+    from parallel import compile_cache, host
+
+    host.keep_memory()
+    named = [options[name] for name in ("coordinator", "processes", "process")]
+    with loading.configuration():
+        if options["distributed"] or named != ["", 0, -1]:
+            launch.join(*named)
+    compile_cache.use(options["compile_cache"])
 
 
 def conclude(result) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from configs import schema
 from inference import generate, sampling
 from models import lm, stacks
-from parallel import sharding
+from parallel import compile_cache, sharding
 from parallel.mesh import make_mesh
 from resources import throughput
 from training import loop
@@ -141,7 +141,8 @@ class Subject:
     def compile(self, jitted: Any, *args: Any) -> throughput.Compiled:
         """A function compiled on this config's mesh."""
         with sharding.on(self.mesh):
-            return throughput.compile_timed(jitted, *args)
+            reads = lambda: compile_cache.counts()["cached"]
+            return throughput.compile_timed(jitted, *args, reads=reads)
 
 
 def choose(experiments: Sequence[schema.Experiment], files: Sequence[str]) -> list[Subject]:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from models import catalogue, facts
+from parallel import launch
 
 PIPED = 10_000  # columns for what is piped: it is not cut to a screen's width
 COLUMNS = ("name", "family", "paper", "kernels", "state 4k", "state 1M", "work")
@@ -27,6 +28,7 @@ from the program that runs).
 
 def main() -> None:
     """Read the command line and print or write the table."""
+    launch.prepare()
     parser = argparse.ArgumentParser(description="The catalogue of architectures.")
     parser.add_argument("names", nargs="*", help="keep the lines that contain one of these")
     parser.add_argument("--markdown", default="", help="write the page here")

@@ -18,8 +18,8 @@ from programs import rules
 from programs.labels import Label, labelling
 
 CALLS = frozenset(  # primitives whose body runs as it stands
-    "jit closed_call core_call remat2 custom_jvp_call custom_vjp_call custom_vmap_call"
-    " custom_partitioning shard_map".split()
+    "jit closed_call core_call eval_jaxpr remat2 custom_jvp_call custom_vjp_call"
+    " custom_vmap_call custom_partitioning shard_map".split()
 )
 Direction = Literal["forward", "backward", "recomputed", "other"]
 DIRECTIONS: tuple[Direction, ...] = ("other", "forward", "backward", "recomputed")

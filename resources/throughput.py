@@ -11,7 +11,9 @@ import jax
 from jax.extend import core
 
 from resources import intervals
-from resources.row import Row
+from resources.row import Row, not_available
+
+CACHED = "read from the compile cache; --compile_cache=false compiles"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Compiled(NamedTuple):
 
     program: Any
     jaxpr: core.ClosedJaxpr
-    seconds: float
+    seconds: float | None  # None: it was read from a cache
 
 
 def device_name() -> str:
@@ -52,12 +54,18 @@ def device_name() -> str:
     return f"{len(devices)} x {devices[0].device_kind}" if devices[1:] else devices[0].device_kind
 
 
-def compile_timed(jitted: Any, *args: Any) -> Compiled:
-    """Compile a jitted function for arguments (arrays or shapes); nothing runs."""
+def compile_timed(jitted: Any, *args: Any, reads: Callable[[], float] = lambda: 0) -> Compiled:
+    """Compile a jitted function for arguments (arrays or shapes); nothing runs.
+
+    `reads()` counts the programs that were read from a cache so far.
+    """
     start = time.perf_counter()
     traced = jitted.trace(*args)
-    program = traced.lower().compile()
-    return Compiled(program, traced.jaxpr, time.perf_counter() - start)
+    lowered = traced.lower()
+    before = reads()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start if reads() == before else None
+    return Compiled(program, traced.jaxpr, seconds)
 
 
 def time_call(fn: Callable, *args: Any, warmup: int = 2, repeats: int = 10) -> Timing:
@@ -92,7 +100,7 @@ def interleaved(
     return {name: Timing(tuple(times), device_name()) for name, times in seconds.items()}
 
 
-def rows(kind: str, timing: Timing, tokens: int, compile_seconds: float) -> list[Row]:
+def rows(kind: str, timing: Timing, tokens: int, compile_seconds: float | None) -> list[Row]:
     """Rows of one kind of call that works on `tokens` tokens."""
     low, high = timing.interval or (None, None)
     per_second = None if low is None or high is None else (tokens / high, tokens / low)
@@ -100,7 +108,9 @@ def rows(kind: str, timing: Timing, tokens: int, compile_seconds: float) -> list
     return [
         Row(f"{kind} throughput", rate, "tok/s", "measured", interval=per_second),
         *latency_rows(f"{kind} call", timing),
-        Row(f"{kind} compile", compile_seconds, "s", "measured"),
+        not_available(f"{kind} compile", "s", CACHED)
+        if compile_seconds is None
+        else Row(f"{kind} compile", compile_seconds, "s", "measured"),
     ]
 
 

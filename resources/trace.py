@@ -34,8 +34,8 @@ from programs.moved import touched
 # What JAX's transforms and loops put into a name, and what says nothing of where it comes from.
 _TRANSFORMS = re.compile(r"^(?:jvp|transpose|vmap|jit|pjit|remat|checkpoint|shard_map)\((.*)\)$")
 _WRAPPERS = re.compile(
-    r"^(?:|while|body|cond|closed_call|core_call|checkpoint|remat2?|rematted_computation|pjit|jit"
-    r"|custom_[jv][vj]p_call|branch_\d+_fun|shard_map)$"
+    r"^(?:|while|body|cond|closed_call|core_call|eval_jaxpr|checkpoint|remat2?|rematted_computation"
+    r"|pjit|jit|custom_[jv][vj]p_call|branch_\d+_fun|shard_map)$"
 )
 _EVENT = re.compile(r"^%?([\w.\-]+)(?: = .*)?$", re.DOTALL)
 

@@ -52,8 +52,9 @@ def command(corpus, workdir, *extra):
 
 
 def start(*args):
-    """train.py in a process of its own, on one CPU device."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    """train.py in a process of its own, on one CPU device, with a compile cache of these tests."""
+    caches = str(args[0].with_name("caches"))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": caches}
     return subprocess.Popen(
         command(*args),
         cwd=ROOT,

@@ -56,10 +56,10 @@ def test_every_program_prepares_before_jax():
     """A program's own file calls `prepare` before it or a config imports JAX."""
     programs = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("[a-z]*.py")]
     assert len(programs) >= 4
-    for path in programs:
+    for path in [*programs, *ROOT.glob("*/__main__.py")]:
         text = path.read_text("utf-8")
         called = text.index("launch.prepare()")
-        for later in ("import jax", "loading.parse("):
+        for later in ("import jax", "loading.parse(", "parse_args("):
             assert later not in text[:called], f"{path.name}: {later} before launch.prepare()"
 
 
@@ -94,3 +94,82 @@ def test_the_process_gets_the_flags_of_its_jaxlib():
     done = run(code, XLA_FLAGS="--xla_a=1")
     cure = launch.CURES.get(importlib.metadata.version("jaxlib"), "")
     assert done.stdout.strip() == f"--xla_a=1 {cure}".strip()
+
+
+# A machine's files, and its variables: whether it shows a TPU.
+TPUS = [
+    ((), {}, False),
+    (("dev/accel0",), {}, True),
+    (("dev/accel/accel0",), {}, False),  # of the kernel's own subsystem, as Intel's
+    (("dev/vfio/vfio",), {}, False),
+    (("dev/vfio/0", "sys/bus/pci/devices/0000:00:05.0/vendor"), {}, True),
+    (("dev/vfio/0",), {}, False),  # another device, lent to a virtual machine
+    ((), {"TPU_WORKER_HOSTNAMES": "10.0.0.2"}, True),
+    ((), {"TPU_SKIP_MDS_QUERY": "1", "TPU_ML_PLATFORM": "JAX"}, False),  # set by JAX
+]
+
+
+@pytest.mark.parametrize(("files", "variables", "right"), TPUS)
+def test_a_tpu_is_told_by_what_the_machine_shows(tmp_path, files, variables, right):
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("0x1ae0\n")
+    assert launch.has_tpu(f"{tmp_path}/", variables) is right
+
+
+@pytest.mark.parametrize(
+    ("library", "tpu", "plugins", "drivers", "right"),
+    [
+        (False, False, [], [], ""),
+        (True, True, [], [], ""),
+        (True, False, [], [], "cpu"),
+        (True, False, ["jax_plugins.xla_cuda13"], ["/dev/nvidia0"], "cuda,cpu"),
+        (True, False, ["jax_plugins.xla_cuda13"], [], "cpu"),
+        (True, False, ["jax_plugins.another"], [], ""),
+    ],
+)
+def test_platforms(monkeypatch, library, tpu, plugins, drivers, right):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: library or None)
+    monkeypatch.setattr(launch, "has_tpu", lambda: tpu)
+    monkeypatch.setattr(launch, "_plugins", lambda: plugins)
+    monkeypatch.setattr(os.path, "exists", lambda path: path in drivers)
+    assert launch.platforms() == right
+
+
+@pytest.mark.parametrize("given", ["", "tpu", "cpu"])
+def test_a_platform_that_is_named_stays(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setenv("JAX_PLATFORMS", given)
+    monkeypatch.setattr(launch, "platforms", lambda: "cpu")
+    launch.prepare()
+    assert os.environ["JAX_PLATFORMS"] == (given or "cpu")
+
+
+@pytest.mark.aot
+def test_no_tpu_is_asked_that_is_not_there():
+    done = run("from parallel import launch\nlaunch.prepare()\nimport jax\nprint(jax.devices())")
+    assert (done.stdout, done.stderr) == ("[CpuDevice(id=0)]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "words"),
+    [
+        (("", 0, -1), {}, "--distributed found no job to join (coordinator_address should be"),
+        (("host", 2, 0), {}, "the coordinator 'host' must be HOST:PORT"),
+        (("host:1", 2, 2), {}, "process 2 of 2 must be 0 to 1."),
+        (("host:1", 2, -1), {}, "--distributed found no job to join (The process id"),
+        (("", 0, 0), {"JAX_COORDINATOR_ADDRESS": "host:1"}, "(Number of processes"),
+        (("", 0, -1), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is no number."),
+        (("host:1", 0, -1), {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "3"}, "process 3 of 2"),
+    ],
+)
+def test_a_job_must_be_named_in_full(monkeypatch, given, variables, words):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as caught:
+        launch.join(*given)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -8,6 +8,8 @@ import shutil
 import signal
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 OK, USAGE, NO_CHECKPOINT, STORAGE, NON_FINITE, HANG = 0, 2, 3, 4, 5, 6  # exit codes
@@ -30,7 +32,7 @@ def preflight(workdir: Path, need_bytes: int = 0) -> None:
     folder = Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test.{os.getpid()}"
+        probe = folder / f".write_test.{uuid.uuid4().hex}"
         probe.write_bytes(b"x")
         probe.unlink()
     except (FileExistsError, NotADirectoryError):
@@ -51,17 +53,27 @@ def preflight(workdir: Path, need_bytes: int = 0) -> None:
 
 
 class RunLock:
-    """Only one run at a time in a workdir: a context that holds `run.lock` there.
+    """Only one job at a time in a workdir: a context; the job's first process holds `run.lock`.
 
-    Entering raises ValueError when another process holds it. The kernel lets go of the lock when
-    the process ends, however it ends, and children do not inherit it.
+    `agree` gives every process of the job what the first one passed. Entering raises ValueError
+    in all of them when another job holds the lock. The kernel lets go of it when the process ends,
+    however it ends, and children do not inherit it.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(
+        self, workdir: Path, first: bool = True, agree: Callable[[str], str] = lambda fault: fault
+    ):
         self.path = Path(workdir) / "run.lock"
+        self._first, self._agree = first, agree
         self._file = None
 
     def __enter__(self) -> "RunLock":
+        if fault := self._agree(self._take() if self._first else ""):
+            raise ValueError(fault)
+        return self
+
+    def _take(self) -> str:
+        """Lock the file; what stands against it, or ""."""
         file = open(self.path, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,15 +81,15 @@ class RunLock:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
-            raise ValueError(
+            return (
                 f"workdir={self.path.parent} is in use by process {holder} (run.lock). "
                 "Wait for it, stop it, or use another workdir."
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         self._file = file
-        return self
+        return ""
 
     def __exit__(self, *_) -> None:
         # The file stays: removing it would let two runs lock two files of the same name.

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from parallel import compile_cache
 from training.manifest import write_atomic
 
 PHASES = (
@@ -74,17 +75,24 @@ class Account:
         return self.seconds | {"total": sum(self.seconds.values())}
 
     def text(self) -> str:
-        """The summary in one line: total seconds, and the share of each phase that took time."""
+        """In one line: total seconds, the share of each phase that took time, the cache's part."""
         seconds = self.summary()
         total = seconds.pop("total")
         shares = sorted(seconds.items(), key=lambda item: -item[1])
         parts = [f"{name} {100 * s / total:.1f} %" for name, s in shares if s > 0.0005 * total]
-        return f"{total:.1f} s: {', '.join(parts)}"
+        return f"{total:.1f} s: {', '.join(parts)}{_programs(**compile_cache.counts())}"
 
     def _turn(self) -> None:
         now = time.perf_counter()
         self.seconds[self._open[-1]] += now - self._mark
         self._mark = now
+
+
+def _programs(cached: float, compiled: float, saved_s: float) -> str:
+    """What the compile cache did, where it was used."""
+    if not cached + compiled:
+        return ""
+    return f"; {cached:.0f} of {cached + compiled:.0f} programs from the compile cache"
 
 
 class Log:
@@ -116,7 +124,8 @@ class Log:
         self._terminal.close()
         if self._board:
             name = kind.__name__ if kind else ""
-            self.event("end", error=name, goodput=self.account.summary())
+            programs = compile_cache.counts()
+            self.event("end", error=name, goodput=self.account.summary(), programs=programs)
             self._board.close()
         self._metrics.close()
         self._events.close()

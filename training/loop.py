@@ -18,8 +18,9 @@ from data.pipeline import Split, open_split
 from data.tokenizers import open_tokenizer
 from models import lm, weights
 from parallel import sharding
+from parallel.host import from_first
 from parallel.mesh import make_mesh
-from training import guards, layout, plot, runs
+from training import guards, layout, plot, runs, tracing
 from training.checkpoint import Checkpoints
 from training.log import Log
 from training.step import State, Trainer, fitted, make_trainer, put_batch
@@ -142,10 +143,11 @@ def train(
     SIGINT save the current step and return.
     """
     folder = Path(workdir)
+    tracing.check(profile, experiment.steps)
     guards.preflight(folder)
     runs.refuse_foreign(folder)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(guards.RunLock(folder))
+        stack.enter_context(guards.RunLock(folder, jax.process_index() == 0, from_first))
         stop = stack.enter_context(guards.GracefulStop())
         log = stack.enter_context(Log(folder, experiment.steps, started))
         runs.refuse(folder, settled(experiment))
@@ -165,6 +167,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
     state, start, remarks = _resume(plan, log, checkpoints)
     with log.phase("compile"):
         program = compile_step(plan)
+    trace = tracing.Trace(profile, log.folder, start, experiment.steps)
     log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
     for line in remarks:
         log.line(line)
@@ -173,8 +176,9 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
         watchdog = guards.Watchdog(experiment.guards.hang_timeout_s, log.folder)
         stack.enter_context(watchdog)
         batches = stack.enter_context(contextlib.closing(plan.train.batches(start)))
+        stack.enter_context(trace)
         for step in range(start + 1, experiment.steps + 1):
-            _profile(profile, step, log.folder)
+            trace.before(step)
             with log.phase("data"):
                 rows = next(batches)
             last = step == experiment.steps or stop.requested
@@ -186,6 +190,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
                 meter.pending = (step, metrics)
                 if judge or save:
                     meter.finish()
+            trace.after(step, meter.finish)
             watchdog.beat()
             if judge:
                 with log.phase("evaluation"):
@@ -301,13 +306,6 @@ def evaluate(plan: Plan, params, batches: int, beat: Callable[[], None] = lambda
         nats, size = nats + float(total), size + float(read)
         beat()
     return nats / max(size, 1.0) / math.log(2)
-
-
-def _profile(span, step: int, folder: Path) -> None:
-    if span and step == span[0]:
-        jax.profiler.start_trace(str(folder / "profile"))
-    if span and step == span[1] + 1:
-        jax.profiler.stop_trace()
 
 
 def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:

@@ -113,6 +113,7 @@ NAMES = {
     "jit(f)/transpose(jvp(a/b))/while/body/c/jit(silu)/mul": "a/b/c/silu/mul",
     "jit(f)/transpose(jvp(a))/jvp(a)/checkpoint/rematted_computation/b/sin": "a/b/sin",
     "jit(f)/while/body/closed_call/x.0/x.0/checkpoint/y/checkpoint/z/add": "x.0/y/z/add",
+    "jit(f)/while/body/eval_jaxpr/glu/mul": "glu/mul",  # closed_call, as JAX 0.12 names it
     "jit(f)/a/while": "a/while",
     "jit(f)/vmap(jit(kernels.attention.attention#3))/exp": "kernels.attention.attention/exp",
     "reduce_sum": "reduce_sum",

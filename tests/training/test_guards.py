@@ -153,6 +153,34 @@ with guards.RunLock({str(tmp_path)!r}):
         pass
 
 
+def test_the_lock_is_the_jobs(tmp_path):
+    """Processes of one job enter together; those of another are all told the first one's fault."""
+    told = []
+    one = [guards.RunLock(tmp_path, first, lambda fault: "") for first in (True, False)]
+    code = f"""
+from training import guards
+
+def agree(fault):
+    print(fault)
+    return fault
+
+try:
+    with guards.RunLock({str(tmp_path)!r}, True, agree):
+        print("in")
+except ValueError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code]
+    another_job = lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    with one[0], one[1]:  # reading the file here would let go of the lock
+        sent, raised = another_job().splitlines()
+        assert sent == raised and f"in use by process {os.getpid()} " in sent
+        with pytest.raises(ValueError, match="in use") as caught:
+            guards.RunLock(tmp_path, False, lambda fault: told.append(fault) or sent).__enter__()
+        assert told == [""] and str(caught.value) == sent
+    assert another_job() == "\nin\n"
+
+
 def test_lock_is_not_inherited_by_children(tmp_path):
     code = f"""
 import os

@@ -211,10 +211,12 @@ def test_account_of_a_run_equals_wall_time(tmp_path):
             with written.phase("step"):
                 time.sleep(0.02)
         text = written.account.text()
-    wall = time.perf_counter() - started
+        least = time.perf_counter() - started
+    most = time.perf_counter() - started  # however long a loaded machine takes to close files
     end = records(tmp_path / "events.jsonl")[-1]
     goodput = end["goodput"]
-    assert end["event"] == "end" and abs(goodput["total"] - wall) < 0.01 * wall + 0.02
+    assert end["event"] == "end" and least <= goodput["total"] <= most
+    assert set(end["programs"]) == {"cached", "compiled", "saved_s"}
     assert goodput["compile"] >= 0.05 and goodput["step"] >= 0.06
     assert re.search(r"^\d+\.\d s: .*compile \d+\.\d %", text)
 
