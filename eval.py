@@ -10,7 +10,7 @@ Exit codes: 0 done, 2 bad configuration, 3 no usable checkpoint in --workdir.
 import sys
 from pathlib import Path
 
-from configs import loading
+from configs import loading, schema
 from parallel import launch
 
 OPTIONS = {
@@ -81,6 +81,8 @@ def compare(files: list[str]) -> int:
     from report import compare, report
 
     with loading.configuration():
+        for file in files:
+            schema.on_disk(file, "--compare")
         if len(files) != 2:
             raise ValueError(f"--compare takes two reports, not {len(files)}: A.json B.json")
         compare.show(*map(report.read, files))
@@ -94,6 +96,8 @@ def loss_curves(given: list[str]) -> int:
     named = [word.removeprefix("--out=") for word in given if word.startswith("--out=")]
     folders = [word for word in given if not word.startswith("--out=")]
     with loading.configuration():
+        for path in (*folders, *named):
+            schema.on_disk(path, "--curves")
         wrong = [word for word in folders if word.startswith("-")]
         if wrong or not folders:
             raise ValueError(

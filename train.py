@@ -65,7 +65,7 @@ def start(options: dict) -> None:
     named = [options[name] for name in ("coordinator", "processes", "process")]
     with loading.configuration():
         if options["distributed"] or named != ["", 0, -1]:
-            launch.join(*named)
+            host.join(*named)
     compile_cache.use(options["compile_cache"])
 
 

@@ -39,6 +39,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from configs.schema import on_disk  # noqa: E402
 from kernels import dispatch, survey  # noqa: E402
 from kernels.subject import Subject, both_passes  # noqa: E402
 from parallel import host  # noqa: E402
@@ -86,8 +87,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     for option, value in dict(batch=1, length=4096, heads=4, dim=64, width=1024).items():
         parser.add_argument(f"--{option}", type=int, default=value)
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--markdown", help="write the table here")
+    parser.add_argument("--json", type=on_disk, help="write the figures here")
+    parser.add_argument("--markdown", type=on_disk, help="write the table here")
     return parser.parse_args()
 
 

@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from configs import overrides
-from configs.schema import Experiment
+from configs.schema import Experiment, on_disk
 
 
 class Range(NamedTuple):
@@ -87,6 +87,8 @@ def check(experiment: Experiment) -> None:
             raise ValueError(f"{key}={value} must be {allowed}.")
     if not overrides.is_section(experiment.model):
         raise ValueError(f"model={experiment.model!r} must be a Config such as models.lm.Config().")
+    for key in ("source", "tokenizer", "folder"):
+        on_disk(getattr(experiment.data, key), f"data.{key}")
     _check_form("data.source", experiment.data.source, SOURCES)
     _check_form("data.tokenizer", experiment.data.tokenizer, TOKENIZERS)
     _check_mesh(experiment)

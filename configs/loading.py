@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import checks, overrides, preview, usage
-from configs.schema import RENAMED, Experiment, freeze, from_dict
+from configs.schema import RENAMED, Experiment, freeze, from_dict, on_disk
 
 ROOT = Path(__file__).parents[1]
 HELP = ("help", "h", "helpshort", "helpfull")
@@ -108,10 +108,12 @@ def _split(argv: list[str], options: Mapping[str, Any]):
         if name == "config":
             if not text:
                 raise UsageError("--config needs a file: --config=configs/quickstart.py")
-            files.append(text)
+            with configuration():
+                files.append(on_disk(text, "--config"))
         elif name in options:
             with configuration():
                 values[name] = overrides.read(f"--{name}", type(options[name]), text)
+                on_disk(str(values[name]), f"--{name}")
         else:
             pairs.append((name.removeprefix("config."), text))
     return files, pairs, values

@@ -5,6 +5,7 @@ has been read; then `freeze` makes it constant. "Off" is 0, "" or an empty tuple
 say it. This module imports neither JAX nor a model: a misspelt key is refused before they load.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -251,3 +252,22 @@ def fingerprint(tree: Any) -> str:
     """First 16 hex digits of the SHA-256 of the tree's JSON: equal configs, equal fingerprints."""
     text = json.dumps(to_dict(tree), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class AddressError(ValueError, argparse.ArgumentTypeError):
+    """A path that lies on no disk; a parser of options shows its text."""
+
+
+def on_disk(path: str, name: str = "") -> str:
+    """`path`; AddressError where it is an address such as gs://bucket/run, with a key's `name`.
+
+    Locks, logs and token files need a file system, so that no path of any kind may be one.
+    """
+    found = re.search(r"[A-Za-z][A-Za-z0-9+.-]*://(\S*)", path)
+    if not found:
+        return path
+    near = f"/mnt/{found[1].lstrip('/')}"
+    raise AddressError(
+        f"{name}{'=' if name else ''}{path} is an address, not a path: files lie on mounted disks. "
+        f"Mount it, and give the folder, such as {near}."
+    )

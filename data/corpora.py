@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.schema import Data
+from configs.schema import Data, on_disk
 
 SPLITS = ("train", "validation", "test")
 SOURCES = ("stdlib", "packages", "text:FOLDER", "tfds:NAME")
@@ -53,7 +53,8 @@ class Summary(NamedTuple):
 
 def documents(config: Data) -> Corpus:
     """Open `config.source`; ValueError in one line if it is unknown, missing or empty."""
-    kind, _, rest = config.source.partition(":")
+    kind, _, rest = on_disk(config.source, "source").partition(":")
+    on_disk(config.folder, "folder")
     if config.source == "stdlib":
         return _from_files(config.source, _stdlib())
     if config.source == "packages":

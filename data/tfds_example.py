@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Data
+from configs.schema import Data, on_disk
 from data import corpora
 
 
@@ -55,7 +55,9 @@ def build(folder: str | Path, source: str = "stdlib") -> Path:
 def main() -> None:
     """Store a source as the TFDS data set "named_documents"."""
     parser = argparse.ArgumentParser(prog="python -m data.tfds_example", description=main.__doc__)
-    parser.add_argument("--folder", required=True, help="data_dir, made if it is missing")
+    parser.add_argument(
+        "--folder", type=on_disk, required=True, help="data_dir, made if it is missing"
+    )
     parser.add_argument("--source", default="stdlib", help=", ".join(corpora.SOURCES))
     flags = parser.parse_args()
     try:

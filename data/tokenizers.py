@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.schema import Data
+from configs.schema import Data, on_disk
 from data import corpora
 
 # What a normalizer, a prefix space or a whitespace splitter would change.
@@ -65,7 +65,7 @@ class Tokenizer(NamedTuple):
 
 def open_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `Data.tokenizer`: "bytes" or "bpe:FILE"."""
-    kind, _, file = spec.partition(":")
+    kind, _, file = on_disk(spec, "tokenizer").partition(":")
     if spec == "bytes":
         return _bytes()
     if kind == "bpe" and file:
@@ -226,11 +226,11 @@ def main() -> None:
     parser.add_argument("--source", default="stdlib", help=", ".join(corpora.SOURCES))
     parser.add_argument("--folder", default="", help="data_dir of a tfds: source")
     parser.add_argument("--size", type=int, default=4096, help="ids, the separator included")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=on_disk, required=True, help="the JSON file to write")
     flags = parser.parse_args()
     config = Data(source=flags.source, folder=flags.folder)
     try:
-        tokenizer = train(config, flags.size, flags.out)
+        tokenizer = train(config, flags.size, Path(flags.out))
         corpus = corpora.documents(config)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")

@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+from configs.schema import on_disk
 from models import catalogue, facts
 from parallel import launch
 
@@ -31,7 +32,7 @@ def main() -> None:
     launch.prepare()
     parser = argparse.ArgumentParser(description="The catalogue of architectures.")
     parser.add_argument("names", nargs="*", help="keep the lines that contain one of these")
-    parser.add_argument("--markdown", default="", help="write the page here")
+    parser.add_argument("--markdown", type=on_disk, default="", help="write the page here")
     parser.add_argument("--renew", action="store_true", help="work all out again, and record it")
     given = parser.parse_args()
     wanted = lambda name: not given.names or any(part in name for part in given.names)

@@ -54,39 +54,6 @@ def with_cure(flags: str, jaxlib: str) -> str:
     return f"{flags} {cure}".strip()
 
 
-def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Make this process one of a job of several; ValueError where the job is not named in full.
-
-    `coordinator` is HOST:PORT of process 0. What is not given is read from the environment, under
-    the names below, and then asked of Slurm, Open MPI, Kubernetes or Cloud TPU, which JAX knows.
-    """
-    import jax
-
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    processes = processes or _number("JAX_NUM_PROCESSES", 0)
-    process = process if process >= 0 else _number("JAX_PROCESS_ID", -1)
-    if coordinator and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
-        raise ValueError(f"the coordinator {coordinator!r} must be HOST:PORT, as 10.0.0.1:8476.")
-    if processes and not -1 <= process < processes:
-        raise ValueError(f"process {process} of {processes} must be 0 to {processes - 1}.")
-    given = coordinator or None, processes or None, process if process >= 0 else None
-    try:
-        jax.distributed.initialize(*given)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"--distributed found no job to join ({str(error).splitlines()[0]}). Give "
-            "--coordinator=HOST:PORT --processes=N --process=I, I from 0, or set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
-        ) from error
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "")
-    if text and not text.isdecimal():
-        raise ValueError(f"{variable}={text!r} is no number. Set it to 0 or more.")
-    return int(text) if text else default
-
-
 def platforms() -> str:
     """What JAX_PLATFORMS must say so that no TPU is asked that is not there; "": leave it to JAX.
 

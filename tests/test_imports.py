@@ -32,7 +32,8 @@ ROOMS = {  # a room: which of our modules it may import beside its own
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of others
 PROGRAMS = ("train", "eval", "sweep")
-LAUNCH = "parallel.launch"  # what `python -m ROOM` calls first
+LAUNCH = "parallel.launch"
+COMMANDS = (LAUNCH, "configs.schema")  # what `python -m ROOM` may use beside its room
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "torch.load", "pickle.loads"}
@@ -123,7 +124,7 @@ def faults(path: Path, source: str) -> list[str]:
             found.append(f"{path} turns annotations into strings, which flags cannot read")
         if name in LIGHT and within(target, ["jax", "flax", "numpy", "models", "kernels"]):
             found.append(f"{path} imports {target}: typos would be refused late")
-        may = [room, *ROOMS.get(room, ()), *([LAUNCH] if path.name == "__main__.py" else [])]
+        may = [room, *ROOMS.get(room, ()), *(COMMANDS if path.name == "__main__.py" else ())]
         if room in ROOMS and within(target, ROOMS) and not within(target, may):
             found.append(f"{path} imports {target}: not from {room}")
         if room == "programs" and within(target, ["flax", "optax", "orbax"]):

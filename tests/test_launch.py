@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from parallel import launch
+from parallel import host, launch
 
 ROOT = Path(__file__).parents[1]
 CURE = "--xla_cpu_experimental_ynn_fusion_type"
@@ -171,5 +171,51 @@ def test_a_job_must_be_named_in_full(monkeypatch, given, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as caught:
-        launch.join(*given)
+        host.join(*given)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Every path that a user gives, one command each.
+ADDRESSES = [
+    "train.py --config=configs/quickstart.py --workdir=gs://b/r",
+    "train.py --config=configs/quickstart.py --config.data.folder=s3://b/r",
+    "train.py --config=configs/quickstart.py --config.data.source=text:gs://b/r",
+    "train.py --config=configs/quickstart.py --config.data.tokenizer=bpe:https://b/r",
+    "train.py --config=gs://b/r.py",
+    *(
+        f"eval.py --config=configs/quickstart.py --{name}=gs://b/r"
+        for name in ("workdir", "json", "html", "markdown", "csv", "devices")
+    ),
+    "eval.py --compare gs://b/r a.json",
+    "eval.py --curves gs://b/r",
+    "-m data.tokenizers --out gs://b/r",
+    "-m data.tfds_example --folder gs://b/r",
+    "-m data.pipeline --source text:gs://b/r",
+]
+
+
+@pytest.mark.parametrize("command", ADDRESSES)
+def test_an_address_is_refused_in_one_line(command):
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "is an address, not a path" in line]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not (ROOT / "gs:").exists() and not (ROOT / "s3:").exists()
+
+
+def test_python_is_refused_too(tmp_path):
+    from configs.schema import Data
+    from data import corpora, tokenizers
+    from training import guards
+
+    for call in (
+        lambda: guards.preflight("gs://b/r"),
+        lambda: corpora.documents(Data(source="text:gs://b/r")),
+        lambda: corpora.documents(Data(folder="gs://b/r")),
+        lambda: tokenizers.open_tokenizer("bpe:gs://b/r"),
+    ):
+        with pytest.raises(ValueError, match="is an address, not a path.*such as /mnt/b/r"):
+            call()
+    guards.preflight(tmp_path / "a:b")

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from configs.schema import on_disk
+
 OK, USAGE, NO_CHECKPOINT, STORAGE, NON_FINITE, HANG = 0, 2, 3, 4, 5, 6  # exit codes
 
 
@@ -27,9 +29,9 @@ class NonFinite(Stop):
     code = NON_FINITE
 
 
-def preflight(workdir: Path, need_bytes: int = 0) -> None:
+def preflight(workdir: Path | str, need_bytes: int = 0) -> None:
     """Create `workdir` and try it; ValueError if it is a file, not writable or too full."""
-    folder = Path(workdir)
+    folder = Path(on_disk(str(workdir), "workdir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test.{uuid.uuid4().hex}"

@@ -144,7 +144,7 @@ def train(
     """
     folder = Path(workdir)
     tracing.check(profile, experiment.steps)
-    guards.preflight(folder)
+    guards.preflight(workdir)
     runs.refuse_foreign(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(guards.RunLock(folder, jax.process_index() == 0, from_first))
@@ -165,9 +165,9 @@ def train(
 def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Result:
     experiment, trainer = plan.experiment, plan.trainer
     state, start, remarks = _resume(plan, log, checkpoints)
+    trace = tracing.Trace(profile, log.folder, start, experiment.steps)
     with log.phase("compile"):
         program = compile_step(plan)
-    trace = tracing.Trace(profile, log.folder, start, experiment.steps)
     log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
     for line in remarks:
         log.line(line)
