@@ -1,7 +1,7 @@
 """The cache of attention: a ring of the last tokens of a row, and positions that it is read by.
 
 A cache is a dict of arrays (B, slots, ...) under the caller's names, such as "k" and "v", with
-"place", 1 + the position of each slot's token (0: empty), and "length", the tokens read so far.
+"position", 1 + the position of each slot's token (0: empty), and "length", the tokens read so far.
 Positions count the real tokens of a row from 0.
 """
 
@@ -20,8 +20,8 @@ Cache = dict[str, Array]
 def empty(batch: int, slots: int, dtype: DTypeLike, **shapes: tuple[int, ...]) -> Cache:
     """A ring of `slots` slots that holds an array of each shape a token."""
     held = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
-    place = jnp.zeros((batch, slots), jnp.int32)
-    return held | {"place": place, "length": jnp.zeros(batch, jnp.int32)}
+    position = jnp.zeros((batch, slots), jnp.int32)
+    return held | {"position": position, "length": jnp.zeros(batch, jnp.int32)}
 
 
 def positions(
@@ -44,8 +44,8 @@ def document_positions(
         return positions(before_B, None, count), before_B + count
     row = positions(before_B, segments, count)
     first = jnp.where(boundaries.starts(segments), row, 0)
-    place = row - jax.lax.cummax(first, axis=1)
-    return place, jnp.where((segments != 0).any(1), place[:, -1] + 1, before_B)
+    position = row - jax.lax.cummax(first, axis=1)
+    return position, jnp.where((segments != 0).any(1), position[:, -1] + 1, before_B)
 
 
 def admit(
@@ -78,8 +78,8 @@ def write(
     segments: Int[Array, "B T"] | None,
 ) -> Cache:
     """Put new tokens into the ring; only tokens of the row's last document stay visible."""
-    batch, slots = cache["place"].shape
-    count, kept = positions_BT.shape[1], cache["place"]
+    batch, slots = cache["position"].shape
+    count, kept = positions_BT.shape[1], cache["position"]
     total_B = positions_BT[:, -1] + 1
     written_BT = positions_BT >= total_B[:, None] - slots
     if segments is not None:
@@ -95,7 +95,7 @@ def write(
         return old.at[jnp.arange(batch)[:, None], slot_BT].set(new, mode="drop")
 
     held = {name: put(cache[name], new) for name, new in tokens.items()}
-    return held | {"place": put(kept, positions_BT + 1), "length": total_B}
+    return held | {"position": put(kept, positions_BT + 1), "length": total_B}
 
 
 def attend(
@@ -121,23 +121,23 @@ def attend(
         return alone(), new
     if positions_BT.shape[1] == 1:
         seen = {name: new[name] for name in tokens}
-        where |= {"kv_positions": new["place"] - 1, "segments": None, "kv_segments": None}
+        where |= {"kv_positions": new["position"] - 1, "segments": None, "kv_segments": None}
         return beside(seen, **where), new
 
     def both():
         numbers = kv_numbers = None
         if segments is not None:
             numbers = boundaries.numbered(segments)  # the cache is of the first document
-            kv_numbers = jnp.concatenate([jnp.ones_like(old["place"]), numbers], axis=1)
+            kv_numbers = jnp.concatenate([jnp.ones_like(old["position"]), numbers], axis=1)
         seen = {
             name: jnp.concatenate([old[name].astype(given.dtype), given], axis=1)
             for name, given in tokens.items()
         }
-        places = jnp.concatenate([old["place"] - 1, positions_BT], axis=1)
+        kv_positions = jnp.concatenate([old["position"] - 1, positions_BT], axis=1)
         return beside(
             seen,
             positions=positions_BT,
-            kv_positions=places,
+            kv_positions=kv_positions,
             segments=numbers,
             kv_segments=kv_numbers,
         )

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.cross_entropy import cross_entropy
-from models import layers, mixer, multi_token, positions, reports, stacks, weights
+from models import auxiliary, layers, mixer, multi_token, positions, stacks, weights
 from models.attention import softmax
 from models.block import residual
 from models.channel import glu
@@ -58,7 +58,7 @@ class Config:
         """
 
         def wrapped(part):
-            if getattr(part, "is_block", False):
+            if mixer.is_block(part):
                 return part
             channel = None if is_channel(part) else self.channel
             return residual.Config(part, channel, self.norm_eps)
@@ -185,21 +185,21 @@ class LM(nnx.Module):
         hidden: Bool[Array, "B T"] | None = None,
         state: mixer.State | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], mixer.State]:
-        """What training minimises, what it reports by name, and the state if one came in.
+        """What training minimises, metrics by name, and the state if one came in.
 
         The total is `loss` and, on top, the losses that layers add (of routers) and those of tokens
-        further ahead; the report holds "loss" itself and every addend.
+        further ahead; the metrics hold "loss" itself and every addend.
         """
         task = self._task(inputs, targets, weights, hidden)
         old = None if state is None else self._enter(state, segments)
         x, new, found = self._blocks(inputs, segments, old, hidden)
         after = new | {"segment": self._number(old["segment"], segments)} if old else ()
         nll, _ = self.nll(self.norm(x), *task)
-        losses, measures = found["losses"], found["measures"]
+        losses, metrics = found["losses"], found["metrics"]
         if self.further is not None:
             losses = losses | {"further": self.further.loss(self, x, targets, weights, segments)}
         total = nll + sum(losses.values())
-        return total, {"loss": nll, **losses, **measures}, after
+        return total, {"loss": nll, **losses, **metrics}, after
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -223,8 +223,8 @@ class LM(nnx.Module):
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (periods, *s.shape)), state)
 
         none = jnp.zeros(batch, jnp.int32)
-        place = {} if self.positions is None else {"place": none}
-        return place | {
+        position = {} if self.positions is None else {"position": none}
+        return position | {
             "segment": none,
             "stacks": tuple(stacked(stack) for stack in self.stacks),
             "rest": tuple(part.init_state(batch, capacity, dtype) for part in self.rest),
@@ -246,7 +246,7 @@ class LM(nnx.Module):
         if (hidden is None) != (self.objective == "next"):
             raise ValueError(
                 f"model.objective={self.objective!r} with{'out' * (hidden is None)} `hidden`: an "
-                "encoder ('masked') needs the places to fill in, a language model has none."
+                "encoder ('masked') needs what to fill in, a language model has none."
             )
         if hidden is None:
             return targets, weights
@@ -273,16 +273,16 @@ class LM(nnx.Module):
         return constrain(x, "batch", "time", "embed")
 
     def _blocks(self, tokens, segments, state, hidden=None):
-        """Embed the tokens and run all blocks: (stream, states, reports); state None keeps none."""
-        x, place = self.embedded(tokens, hidden), {}
+        """Embed the tokens, run all blocks: (stream, states, auxiliary); state None keeps none."""
+        x, position = self.embedded(tokens, hidden), {}
         if self.positions is not None:
-            waves, after = self.positions(tokens, segments, state and state["place"])
-            x, place = x + (self.embed_scale * waves).astype(x.dtype), {"place": after}
+            waves, after = self.positions(tokens, segments, state and state["position"])
+            x, position = x + (self.embed_scale * waves).astype(x.dtype), {"position": after}
         keep = state is not None
 
         def apply(graph, params, x, old):
             def run(params, x, old):
-                with reports.collecting() as found:
+                with auxiliary.collecting() as found:
                     y, new = nnx.merge(graph, params)(x, segments=segments, state=old)
                 return y, new if keep else None, found
 
@@ -296,9 +296,9 @@ class LM(nnx.Module):
             new, found = [], []
             for i, ((graph, _), (params, old)) in enumerate(zip(splits, layer, strict=True)):
                 with jax.named_scope(f"stacks.{i}"):
-                    x, after, said = apply(graph, params, x, old)
+                    x, after, more = apply(graph, params, x, old)
                 new.append(after)
-                found.append(said)
+                found.append(more)
             return x, (tuple(new), found)
 
         states, found = (), []
@@ -309,7 +309,7 @@ class LM(nnx.Module):
         rest = []
         for i, part in enumerate(self.rest):
             with jax.named_scope(f"rest.{i}"):
-                x, after, said = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
+                x, after, more = apply(*nnx.split(part), x, state["rest"][i] if keep else None)
             rest.append(after)
-            found.append(said)
-        return x, place | {"stacks": states, "rest": tuple(rest)}, reports.over_layers(found)
+            found.append(more)
+        return x, position | {"stacks": states, "rest": tuple(rest)}, auxiliary.over_layers(found)

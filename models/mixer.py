@@ -1,12 +1,20 @@
 """The contract that every architecture keeps.
 
-An architecture file holds `Config` (a dataclass of settings; it is the registry) and `Mixer` (its
-module). `Config.build(width, rngs)` makes the `Mixer`; calling it maps (B, T, D) to (B, T, D) and
-returns the state after the last token. Training ignores the state, prefill keeps it, decoding is
-T = 1.
+An architecture file holds `Config` (a dataclass of settings; it is the registry) and `Mixer` or
+`Block` (its module). `Config.build(width, rngs)` makes the module; calling it maps (B, T, D) to
+(B, T, D) and returns the state after the last token. Training ignores the state, prefill keeps it,
+decoding is T = 1.
+
+Letters of dimensions, in shapes, einsums and the suffixes of names (`q_BTHK`):
+    B batch         H heads              N chunks, modes                E experts
+    T time          G groups of heads    C queries in a chunk, channels J choices of a token
+    S time of keys  K numbers of a key   F hidden units                 P parts of a weight, state
+    D width         V numbers of a value R rank                         M members, blocks
+A file that needs another meaning says it where the letter first stands.
 """
 
 import functools
+import typing
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -59,6 +67,19 @@ class Mixer(nnx.Module):
         the compute dtype; recurrent states have `wide(dtype)`.
         """
         raise NotImplementedError
+
+
+class Block(Mixer):
+    """A mixer that holds other mixers and adds to the residual stream itself.
+
+    In a pattern it stands as it is, where a bare mixer is wrapped in a pre-norm block.
+    """
+
+
+def is_block(config: Config) -> bool:
+    """Whether a Config builds a `Block`, which the annotation of its `build` says."""
+    built = typing.get_type_hints(type(config).build).get("return")
+    return isinstance(built, type) and issubclass(built, Block)
 
 
 def _scoped(call):

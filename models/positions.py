@@ -33,8 +33,8 @@ class Waves(nnx.Module):
         """In float32, and the tokens of each row's last document; `before` are those so far."""
         batch, count = tokens.shape
         before_B = jnp.zeros(batch, jnp.int32) if before is None else before
-        place_BT, after_B = cache.document_positions(before_B, segments, count)
-        return self.size[...] * sinusoids(place_BT, *self.size.shape), after_B
+        position_BT, after_B = cache.document_positions(before_B, segments, count)
+        return self.size[...] * sinusoids(position_BT, *self.size.shape), after_B
 
 
 def sinusoids(

@@ -300,15 +300,18 @@ def _load(path: Path, abstract_tree: Any, partial: bool) -> Restored:
     sealed = manifest.read(path)
     if callable(abstract_tree):
         abstract_tree = abstract_tree(sealed["meta"])
-    held, wanted = sealed["leaves"], leaves.named(abstract_tree)
+    names = {_today(name): name for name in sealed["leaves"]}
+    held = {name: sealed["leaves"][saved] for name, saved in names.items()}
+    wanted = leaves.named(abstract_tree)
     if partial:
         parts = {name.partition("/")[0] for name in wanted}
         held = {name: leaf for name, leaf in held.items() if name.partition("/")[0] in parts}
     leaves.refuse_mismatch(path.name, held, wanted)
-    loaded = _read(path, sealed["leaves"], {n: leaf.sharding for n, leaf in wanted.items()})
+    shardings = {names[name]: leaf.sharding for name, leaf in wanted.items()}
+    loaded = _read(path, sealed["leaves"], shardings)
     values = []
     for name, leaf in wanted.items():
-        value = loaded.pop(name)
+        value = loaded.pop(names[name])
         if leaf.sharding is None:
             value = jnp.asarray(np.asarray(value))  # not tied to a device
         # Orbax may hand out host memory that XLA does not own: a copy can be donated safely.
@@ -316,6 +319,11 @@ def _load(path: Path, abstract_tree: Any, partial: bool) -> Restored:
         key = held[name].get("key")
         values.append(jax.random.wrap_key_data(value, impl=key) if key else value)
     return Restored(jax.tree.unflatten(jax.tree.structure(abstract_tree), values), sealed["meta"])
+
+
+def _today(name: str) -> str:
+    """The name of a leaf now: positions in carried states were once saved as places."""
+    return re.sub(r"^(carry/(?:.*/)?)place$", r"\1position", name)
 
 
 def _read(path: Path, stored: dict[str, dict], shardings: dict[str, Any]) -> dict[str, jax.Array]:

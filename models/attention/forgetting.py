@@ -64,7 +64,7 @@ class Mixer(mixer.Mixer):
         gate_BTH = weights.project("btd,dh->bth", x, self.forget).astype(mixer.wide(x.dtype))
         log_forget_BTH = jax.nn.log_sigmoid(gate_BTH + self.forget_bias[...])
         after_BTH = forget_gates.since(log_forget_BTH, segments)
-        bias = forget_gates.aged(old["bias"], old["place"], log_forget_BTH, segments)
+        bias = forget_gates.aged(old["bias"], old["position"], log_forget_BTH, segments)
         o_BTHK, new = cache.attend(
             {"k": k_BTHK, "v": v_BTHK, "bias": after_BTH},
             old | {"bias": bias},

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from kernels.attention import attention, cached_attention
 from kernels.grouped_matmul import grouped_matmul
-from models import cache, checks, layers, mixer, reports, weights
+from models import auxiliary, cache, checks, layers, mixer, weights
 from models.parts import routing
 
 
@@ -87,13 +87,13 @@ class Mixer(mixer.Mixer):
         return self._outputs(o_BTHK, weight_BTJ, plan), new
 
     def _route(self, x, segments):
-        """Weights that sum to 1, and experts; the losses and measures of the router."""
+        """Weights that sum to 1, and experts; the losses and metrics of the router."""
         real_BT = routing.real(segments, x)
         logits_BTE = routing.logits(x, self.router)
         probs_BTE = jax.nn.softmax(logits_BTE)
         weight_BTJ, expert_BTJ = routing.choose(probs_BTE, self.top_k, real_BT)
-        reports.loss("balance", self.balance * routing.balance(probs_BTE, expert_BTJ, real_BT))
-        reports.loss("z", self.z * routing.z(logits_BTE, real_BT))
+        auxiliary.loss("balance", self.balance * routing.balance(probs_BTE, expert_BTJ, real_BT))
+        auxiliary.loss("z", self.z * routing.z(logits_BTE, real_BT))
         routing.measure(probs_BTE, routing.hot(expert_BTJ, probs_BTE.shape[2]), real_BT)
         return weight_BTJ / weight_BTJ.sum(-1, keepdims=True), expert_BTJ
 

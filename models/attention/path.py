@@ -71,17 +71,17 @@ class Mixer(mixer.Mixer):
         w_BTHK, tail = self._directions(x, segments, old["conv"])
         beta_BTH, log_forget_BTH = self._gates(x, segments)
         row = householder.chunked(q_BTHK, k_BTHK, w_BTHK, beta_BTH, log_forget_BTH)
-        held, place = old["k"], old["place"]
+        held, position_BS = old["k"], old["position"]
         tokens = {"k": householder.to_end(row, x.shape[1]), "v": v_BTHK}
         moved = old | {"k": householder.through(row, held)}
         bias_BSH = old.get("bias", jnp.zeros(held.shape[:3], dtype))
         if self.forget:
             tokens["bias"] = forget_gates.since(log_forget_BTH, segments)
-            moved["bias"] = forget_gates.aged(bias_BSH, place, log_forget_BTH, segments)
+            moved["bias"] = forget_gates.aged(bias_BSH, position_BS, log_forget_BTH, segments)
 
         def beside(seen, **where):
             if x.shape[1] > 1:
-                past = householder.Past(held, old["v"], bias_BSH, place > 0)
+                past = householder.Past(held, old["v"], bias_BSH, position_BS > 0)
                 return householder.attend(row, v_BTHK, segments, past)
             return cached_attention(q_BTHK, seen["k"], seen["v"], bias_k=seen.get("bias"), **where)
 

@@ -135,12 +135,12 @@ class Mixer(mixer.Mixer):
         return jnp.broadcast_to(-slopes, q_BTHK.shape[:3])
 
     def _biases(self, dtype, positions_BT, kv_positions_BS):
-        """The same for a cache; places are counted from the newest token, so that digits last."""
+        """The same for a cache; positions count from the newest token, so that digits last."""
         if self.slopes is None:
             return {}
         slopes = jnp.asarray(self.slopes, mixer.wide(dtype))
         newest_B1 = positions_BT[:, -1:]
-        bias = lambda places: (places - newest_B1)[..., None] * slopes
+        bias = lambda at: (at - newest_B1)[..., None] * slopes
         return {"bias_q": -bias(positions_BT), "bias_k": bias(kv_positions_BS)}
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

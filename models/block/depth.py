@@ -10,7 +10,7 @@ then computes on `capacity` of the row; they are the only tokens that its mixers
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import cache, mixer, reports, weights
+from models import auxiliary, cache, mixer, weights
 
 PARTS = 64  # the capacity is a multiple of 1 / PARTS: counts are compared in integers
 
@@ -27,18 +27,16 @@ PARTS = 64  # the capacity is a multiple of 1 / PARTS: counts are compared in in
 class Config:
     """`block` is the Config of a whole block."""
 
-    is_block: ClassVar[bool] = True
-
     block: Any
     capacity: float = 0.5  # share of a document's tokens that pass; the paper's best is 1/8
     balance: float = 0.01  # weight of the loss that holds the mean sigmoid there
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError for a capacity that lets nothing or everything through."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(mixer.Mixer):
+class Block(mixer.Block):
     """y_t = x_t + r_t (block(x)_t - x_t) where token t passes, else x_t; r_t = w x_t."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
@@ -58,7 +56,7 @@ class Mixer(mixer.Mixer):
         ids_BT = boundaries.numbered(given)
         real_BT = boundaries.is_real(ids_BT)
         none = jnp.zeros(batch, jnp.int32)
-        old = state or {"block": None, "passed": none, "place": none}
+        old = state or {"block": None, "passed": none, "position": none}
         wide = mixer.wide(x.dtype)
         route_BT = jnp.einsum("btd,d->bt", x.astype(wide), self.router[...], precision="highest")
         passes_BT, counts = self._admit((route_BT > 0) & real_BT, old, segments)
@@ -82,24 +80,26 @@ class Mixer(mixer.Mixer):
 
     def _admit(self, wants_BT, old, segments):
         """Which tokens pass, and how many did in the document so far."""
-        place_BT, place = cache.document_positions(old["place"], segments, wants_BT.shape[1])
-        limit_BT = (place_BT + 1) * self.share // PARTS
+        position_BT, position = cache.document_positions(
+            old["position"], segments, wants_BT.shape[1]
+        )
+        limit_BT = (position_BT + 1) * self.share // PARTS
         wants_BT1 = wants_BT[..., None].astype(jnp.int32)
         passes_BT1, passed = cache.admit(wants_BT1, limit_BT, old["passed"][:, None], segments)
-        return passes_BT1[..., 0], {"passed": passed[:, 0], "place": place}
+        return passes_BT1[..., 0], {"passed": passed[:, 0], "position": position}
 
     def _report(self, route_BT, passes_BT, real_BT):
         count = jnp.maximum(real_BT.sum(), 1)
         mean = jnp.sum(jnp.where(real_BT, jax.nn.sigmoid(route_BT), 0)) / count
-        reports.loss("depth", self.balance * jnp.square(mean - self.share / PARTS))
-        reports.measure("depth_passed", passes_BT.sum() / count)
+        auxiliary.loss("depth", self.balance * jnp.square(mean - self.share / PARTS))
+        auxiliary.metric("depth_passed", passes_BT.sum() / count)
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
         """The block's, and how many tokens of the document passed, of how many."""
         return {
             "block": self.block.init_state(batch, capacity, dtype),
             "passed": jnp.zeros(batch, jnp.int32),
-            "place": jnp.zeros(batch, jnp.int32),
+            "position": jnp.zeros(batch, jnp.int32),
         }
 
 

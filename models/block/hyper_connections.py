@@ -28,12 +28,12 @@ class Config(sublayer.Mixers):
 
     streams: int = 4
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError for less than two streams."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(sublayer.Chain):
+class Block(sublayer.Chain, mixer.Block):
     """X <- R X + p f(norm(w X)) over the streams X (n, D), with R, w, p read from X."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from models import mixer
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -18,12 +19,12 @@ from parallel.sharding import constrain
 class Config(sublayer.Mixers):
     """Configs of mixers, run one after another: the longer the ladder, the more is overlapped."""
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(sublayer.Chain):
+class Block(sublayer.Chain, mixer.Block):
     """x_i = x_{i-1} + y_{i-1}, y_i = f_i(norm(x_{i-1})): y_{i-1} arrives one layer later."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):

@@ -6,7 +6,7 @@ Notable: every pass keeps its own state, since every pass reads another stream.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,17 +20,15 @@ from models.parts import sublayer
 class Config:
     """`block` is the Config of a whole block; its weights run `times` times."""
 
-    is_block: ClassVar[bool] = True
-
     block: Any
     times: int = 2
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError for less than one pass."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(mixer.Mixer):
+class Block(mixer.Block):
     """x <- block(x), `times` times with the same weights."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):

@@ -5,11 +5,11 @@ from the stream can overlap; quality is nearly that of the serial block at scale
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from flax import nnx
 
-from models import layers
+from models import layers, mixer
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -18,18 +18,16 @@ from parallel.sharding import constrain
 class Config:
     """Configs of a token mixer and a channel mixer."""
 
-    is_block: ClassVar[bool] = True
-
     mixer: Any
     channel: Any
     norm_eps: float = 1e-6
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(sublayer.Chain):
+class Block(sublayer.Chain, mixer.Block):
     """y = x + mixer(norm(x)) + channel(norm(x))."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):

@@ -6,11 +6,11 @@ also Gemma 2's).
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from models import layers
+from models import layers, mixer
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -19,38 +19,36 @@ from parallel.sharding import constrain
 class Config:
     """`mixer` and `channel` are Configs of architectures; channel=None leaves the second out."""
 
-    is_block: ClassVar[bool] = True
-
     mixer: Any
     channel: Any = None
     norm_eps: float = 1e-6
     norm: Literal["pre", "post", "sandwich"] = "pre"
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(sublayer.Chain):
+class Block(sublayer.Chain, mixer.Block):
     """x <- x + f(norm(x)) (pre), norm(x + f(x)) (post) or x + norm(f(norm(x))) (sandwich)."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
         configs = [part for part in (config.mixer, config.channel) if part is not None]
-        self.place, eps = config.norm, config.norm_eps
-        if self.place == "post":
+        self.where, eps = config.norm, config.norm_eps
+        if self.where == "post":
             self.parts = nnx.List([part.build(width, rngs) for part in configs])
         else:
             self.parts = sublayer.sublayers(configs, width, rngs, eps)
-        after = [] if self.place == "pre" else configs
+        after = [] if self.where == "pre" else configs
         self.norms = nnx.List([layers.RMSNorm(width, rngs, eps) for _ in after])
 
     def __call__(self, x, *, segments=None, state=None):
         olds, new = sublayer.before(state, self.parts), []
         for i, (part, old) in enumerate(zip(self.parts, olds, strict=True)):
             y, after = part(x, segments=segments, state=old)
-            if self.place == "sandwich":
+            if self.where == "sandwich":
                 y = self.norms[i](y)
-            x = self.norms[i](x + y) if self.place == "post" else x + y
+            x = self.norms[i](x + y) if self.where == "post" else x + y
             x = constrain(x, "batch", "time", "embed")
             new.append(after)
         return x, tuple(new)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models import mixer, reports
+from models import auxiliary, mixer
 from models.parts import sublayer
 from parallel.sharding import constrain
 
@@ -22,12 +22,12 @@ from parallel.sharding import constrain
 class Config(sublayer.Mixers):
     """Configs of mixers, run one after another; memory is saved over all of them."""
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(sublayer.Chain):
+class Block(sublayer.Chain, mixer.Block):
     """(a, b) <- (b, a + f_i(norm(b))) for each layer from a = b = x; the output is (a + b) / 2."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
@@ -41,7 +41,7 @@ class Mixer(sublayer.Chain):
         if state is None:
             (a, b), found = _run(graphs, x.dtype, params, (a, b), segments)  # pyright: ignore[reportGeneralTypeIssues]
             for one in found:
-                reports.repeat(one)
+                auxiliary.repeat(one)
             new = ((),) * len(graphs)
         else:
             new = []
@@ -55,8 +55,8 @@ class Mixer(sublayer.Chain):
 
 
 def _layer(graph, dtype, params, b, segments):
-    """f_i(norm(b)) in float32, and what the layer reports."""
-    with reports.collecting() as found:
+    """f_i(norm(b)) in float32, and its auxiliary losses and metrics."""
+    with auxiliary.collecting() as found:
         y, _ = nnx.merge(graph, params)(b.astype(dtype), segments=segments)
     return y.astype(b.dtype), found
 
@@ -65,9 +65,9 @@ def _layer(graph, dtype, params, b, segments):
 def _run(graphs, dtype, params, streams, segments):
     (a, b), found = streams, []
     for graph, weights in zip(graphs, params, strict=True):
-        y, said = _layer(graph, dtype, weights, b, segments)
+        y, more = _layer(graph, dtype, weights, b, segments)
         a, b = b, a + y
-        found.append(said)
+        found.append(more)
     return (a, b), found
 
 
@@ -80,11 +80,11 @@ def _run_backward(graphs, dtype, residuals, gradient):
     params, (a, b), segments = residuals
     (da, db), dfound = gradient
     dparams = []
-    for graph, weights, dsaid in reversed(list(zip(graphs, params, dfound, strict=True))):
+    for graph, weights, dmore in reversed(list(zip(graphs, params, dfound, strict=True))):
         layer = functools.partial(_layer, graph, dtype, segments=segments)
         (y, _), transpose = jax.vjp(layer, weights, a)
         a, b = b - y, a
-        dweights, dread = transpose((db, dsaid))
+        dweights, dread = transpose((db, dmore))
         da, db = db, da + dread
         dparams.append(dweights)
     none = None if segments is None else np.zeros(segments.shape, jax.dtypes.float0)

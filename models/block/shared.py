@@ -2,14 +2,14 @@
 
 Zamba (arXiv 2405.16712, section 2): a single attention-and-MLP block is called every few Mamba
 layers, each time on the stream side by side with the embedding, and through an output map of that
-place's own. Notable: global attention at the price of one layer's weights; every call keeps its own
+call's own. Notable: global attention at the price of one layer's weights; every call keeps its own
 state. Here the embedding is what entered this block, so give it all layers to have the paper's. The
 released models add what the shared block returns to the input of the next Mamba layer alone; here
 it stays in the stream.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,17 +24,15 @@ from parallel.sharding import constrain
 class Config:
     """`shared` is the Config of a whole block of twice the width, before each of `blocks`."""
 
-    is_block: ClassVar[bool] = True
-
     shared: Any
     blocks: tuple[Any, ...]  # Configs of whole blocks
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError without blocks."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(mixer.Mixer):
+class Block(mixer.Block):
     """x <- block_i(x + shared([x, x_0]) W_i) for each i, x_0 what came in."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
@@ -62,6 +60,6 @@ class Mixer(mixer.Mixer):
         return x, tuple(new)
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):
-        """For each place the state of that call of the shared block, and of the place's own."""
+        """For each call the state of the shared block, and that of the block after it."""
         fresh = lambda block: block.init_state(batch, capacity, dtype)
         return tuple((fresh(self.shared), fresh(block)) for block in self.blocks)

@@ -7,7 +7,7 @@ it all layers of the model to have the paper's; the pattern is then this one blo
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,8 +22,6 @@ from models.parts import sublayer
 class Config:
     """Mixers of the lower half, in order; number and channel mixer of the upper layers."""
 
-    is_block: ClassVar[bool] = True
-
     below: tuple[Any, ...]
     channel: Any
     above: int = 2  # layers that share the cache
@@ -32,12 +30,12 @@ class Config:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError where heads and width do not fit."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
-class Mixer(mixer.Mixer):
+class Block(mixer.Block):
     """x += below_i(x); k, v = norm(x) W; then x += attention(norm(x) W_i, k, v), x += c_i(x)."""
 
     def __init__(self, config: Config, width: int, rngs: nnx.Rngs):
@@ -70,28 +68,30 @@ class Mixer(mixer.Mixer):
             x = x + y
             below.append(after)
 
-        place_BT = cache.positions(olds["kv"]["length"], segments, length)
+        position_BT = cache.positions(olds["kv"]["length"], segments, length)
         kv_BTPGK = weights.project("btd,dpgk->btpgk", self.norm(x), self.kv)
-        tokens = {"k": layers.rotary(kv_BTPGK[:, :, 0], place_BT, self.rope_base)}
+        tokens = {"k": layers.rotary(kv_BTPGK[:, :, 0], position_BT, self.rope_base)}
         tokens["v"] = kv_BTPGK[:, :, 1]
         new = olds["kv"]
         before = sublayer.before(olds["channels"], self.channels)
         for i, old in enumerate(before):
             q_BTHK = weights.project("btd,dhk->bthk", self.norms[i](x), self.q[i])
-            q_BTHK = layers.rotary(q_BTHK, place_BT, self.rope_base)
-            o_BTHK, new = self._read(q_BTHK, tokens, olds["kv"], place_BT, segments, state is None)
+            q_BTHK = layers.rotary(q_BTHK, position_BT, self.rope_base)
+            o_BTHK, new = self._read(
+                q_BTHK, tokens, olds["kv"], position_BT, segments, state is None
+            )
             x = x + weights.project("bthk,hkd->btd", o_BTHK, self.o[i])
             y, after = self.channels[i](x, segments=segments, state=old)
             x = x + y
             channels.append(after)
         return x, {"below": tuple(below), "kv": new, "channels": tuple(channels)}
 
-    def _read(self, q_BTHK, tokens, old, place_BT, segments, training):
+    def _read(self, q_BTHK, tokens, old, position_BT, segments, training):
         """One upper layer's attention; all of them write the same cache."""
         return cache.attend(
             tokens,
             old,
-            place_BT,
+            position_BT,
             segments,
             training=training,
             alone=lambda: attention(q_BTHK, tokens["k"], tokens["v"], segments=segments),

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import segments as boundaries
-from models import checks, mixer, reports, weights
+from models import auxiliary, checks, mixer, weights
 from models.parts import routing
 
 TINY = 2.0**-30  # of a choice too many, in the gradient of the bias
@@ -84,7 +84,7 @@ class Mixer(mixer.Mixer):
             weight_BTJ = weight_BTJ / weight_BTJ.sum(-1, keepdims=True)
             weight_BTJ = balanced(weight_BTJ, self.bias[...], hot_BTE.sum((0, 1)))
         loss = sequence_balance(probs_BTE, hot_BTE, segments) / self.top_k
-        reports.loss("balance", self.balance * loss)
+        auxiliary.loss("balance", self.balance * loss)
         routing.measure(probs_BTE, hot_BTE, real_BT)
         y = self.experts(x, expert_BTJ, weight_BTJ)
         return y if self.shared is None else y + self.shared(x), ()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import mixer, reports, weights
+from models import auxiliary, mixer, weights
 from models.parts import routing
 
 
@@ -58,8 +58,8 @@ class Mixer(mixer.Mixer):
         logits_BTE = routing.logits(x, self.router)
         probs_BTE = jax.nn.softmax(logits_BTE)
         weight_BTJ, expert_BTJ = routing.choose(probs_BTE, self.top_k, real_BT)
-        reports.loss("balance", self.balance * routing.balance(probs_BTE, expert_BTJ, real_BT))
-        reports.loss("z", self.z * routing.z(logits_BTE, real_BT))
+        auxiliary.loss("balance", self.balance * routing.balance(probs_BTE, expert_BTJ, real_BT))
+        auxiliary.loss("z", self.z * routing.z(logits_BTE, real_BT))
         routing.measure(probs_BTE, routing.hot(expert_BTJ, probs_BTE.shape[2]), real_BT)
         return self.experts(x, expert_BTJ, weight_BTJ), ()
 

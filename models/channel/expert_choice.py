@@ -76,10 +76,10 @@ class Mixer(mixer.Mixer):
         # Sorted by expert as they lie; a row's experts take at most factor * length tokens in all.
         most = max(1, batch * math.floor(self.factor * length))
         taken_EN = taken_BTE.reshape(-1, taken_BTE.shape[2]).T
-        (place_M,) = jnp.nonzero(taken_EN.reshape(-1), size=most, fill_value=0)
-        token_M = place_M % (batch * length)
+        (index_M,) = jnp.nonzero(taken_EN.reshape(-1), size=most, fill_value=0)
+        token_M = index_M % (batch * length)
         rows = self.experts.rows(x.reshape(-1, width)[token_M], taken_EN.sum(1, dtype=jnp.int32))
-        weight_M = probs_BTE.reshape(batch * length, -1).T.reshape(-1)[place_M]
+        weight_M = probs_BTE.reshape(batch * length, -1).T.reshape(-1)[index_M]
         rows = rows * weight_M[:, None].astype(x.dtype)
         return jnp.zeros_like(x).reshape(-1, width).at[token_M].add(rows).reshape(x.shape), ()
 

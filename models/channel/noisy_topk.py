@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import mixer, reports, weights
+from models import auxiliary, mixer, weights
 from models.parts import routing
 
 
@@ -72,8 +72,8 @@ class Mixer(mixer.Mixer):
         load_BTE = smooth_load(logits_BTE, scale_BTE, self.top_k)
         importance = squared_variation(routing.mean(gates_BTE, real_BT))
         load = squared_variation(routing.mean(load_BTE, real_BT))
-        reports.loss("importance", self.importance * importance)
-        reports.loss("load", self.load * load)
+        auxiliary.loss("importance", self.importance * importance)
+        auxiliary.loss("load", self.load * load)
         hot_BTE = routing.hot(expert_BTJ, logits_BTE.shape[2])
         routing.measure(jax.nn.softmax(logits_BTE), hot_BTE, real_BT)
         return self.experts(x, expert_BTJ, weight_BTJ), ()

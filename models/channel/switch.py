@@ -3,7 +3,7 @@
 Switch Transformers (arXiv 2101.03961, eqs. 2 to 5). Notable: a dropped token passes by, its output
 here is zero. The paper counts the capacity over a group of tokens, later ones and other documents
 included; ours runs along the document, so that decoding and packing change nothing: the token at
-place t stays if its expert was chosen at most max(least, ceil(factor (t + 1) / E)) times so far.
+position t stays if its expert was chosen at most max(least, ceil(factor (t + 1) / E)) times so far.
 `least` is what the start of a document gets, where few tokens would make even loads look full.
 Left out: jitter of the router's input, and its smaller initialisation.
 """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import mixer, reports, weights
+from models import auxiliary, mixer, weights
 from models.parts import routing
 
 
@@ -73,7 +73,7 @@ class Mixer(mixer.Mixer):
         logit_BTJ, expert_BTJ = routing.choose(logits_BTE, self.top_k, real_BT)
         hot_BTE = routing.hot(expert_BTJ, probs_BTE.shape[2])
         count = self.experts.up.shape[0]
-        reports.loss("balance", self.balance * self._uneven(probs_BTE, hot_BTE, real_BT))
+        auxiliary.loss("balance", self.balance * self._uneven(probs_BTE, hot_BTE, real_BT))
         routing.measure(probs_BTE, hot_BTE, real_BT)
         # p over the sum of p is a softmax of what is kept; the zero expert alone leaves nothing.
         kept_BTJ = expert_BTJ != count

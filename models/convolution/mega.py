@@ -12,7 +12,6 @@ start with variance 1 / inputs (released: a deviation of 0.02).
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,23 +29,21 @@ from parallel.sharding import constrain
 class Config:
     """Attention in chunks of `chunk` tokens after an average of `modes` numbers a channel."""
 
-    is_block: ClassVar[bool] = True
-
     modes: int = 16  # h of the paper
     key_dim: int = 0  # z of the paper; 0: a quarter of the width
     value_dim: int = 0  # v of the paper; 0: twice the width
     chunk: int = 128
     norm_eps: float = 1e-6
 
-    def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
+    def build(self, width: int, rngs: nnx.Rngs) -> "Block":
         """The module; ValueError for an odd key_dim and sizes below 1."""
-        return Mixer(self, width, rngs)
+        return Block(self, width, rngs)
 
 
 CASES = {"mega": Config()}
 
 
-class Mixer(mixer.Mixer):
+class Block(mixer.Block):
     """y = x + phi * (h - x), phi = sigmoid(u W_phi), h = silu(u W_h + (r * o) U_h), u = EMA(n).
 
     n = norm(x); o = softmax(q k^T + b) v in chunks, v = silu(n W_v), z = silu(u W_z),
@@ -92,16 +89,16 @@ class Mixer(mixer.Mixer):
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if training else state
         n_BTD = self.norm(x)
         u_BTD, average = self._average(n_BTD, segments, None if training else old["average"])
-        place_BT, length_B = cache.document_positions(old["length"], segments, x.shape[1])
-        q_BTK, k_BTK = self._query_and_key(u_BTD, place_BT)
+        position_BT, length_B = cache.document_positions(old["length"], segments, x.shape[1])
+        q_BTK, k_BTK = self._query_and_key(u_BTD, position_BT)
         v_BTV = weights.project("btd,dv->btv", n_BTD, self.v) + self.v_bias[...]
         v_BTV = jax.nn.silu(v_BTV).astype(x.dtype)
         past = {"k": old["k"], "v": old["v"], "length": old["length"]}
-        o_BTV = self._attend(q_BTK, k_BTK, v_BTV, place_BT, segments, None if training else past)
+        o_BTV = self._attend(q_BTK, k_BTK, v_BTV, position_BT, segments, None if training else past)
         y = constrain(self._gated(x, u_BTD, o_BTV), "batch", "time", "embed")
         fresh = {"k": k_BTK, "v": v_BTV}
         kept = {
-            name: self._write(past[name], fresh[name], place_BT, length_B, segments)
+            name: self._write(past[name], fresh[name], position_BT, length_B, segments)
             for name in fresh
         }
         return y, kept | {"average": average, "length": length_B}
@@ -118,7 +115,7 @@ class Mixer(mixer.Mixer):
         )
         return jax.nn.silu(u_BTD + self.skip[...] * x).astype(x.dtype), average
 
-    def _query_and_key(self, u_BTD, place_BT):
+    def _query_and_key(self, u_BTD, position_BT):
         """q / sqrt(z) and k, each followed by the position's part of the bias."""
         dtype = mixer.wide(u_BTD.dtype)
         z_BTK = weights.project("btd,dk->btk", u_BTD, self.z).astype(dtype)
@@ -126,15 +123,15 @@ class Mixer(mixer.Mixer):
         qk_BTPK = z_BTK[:, :, None] * self.gain[...] + self.offset[...]
         scale = jnp.array([z_BTK.shape[-1] ** -0.5, 1.0], dtype)[:, None]
         # Only differences within a chunk count: small angles keep their digits.
-        place_BT = place_BT % self.chunk
+        position_BT = position_BT % self.chunk
         turned = jnp.broadcast_to(self.position[...], qk_BTPK.shape).astype(dtype)
-        qk_BTPK = jnp.concatenate([qk_BTPK * scale, layers.rotary(turned, place_BT)], axis=-1)
+        qk_BTPK = jnp.concatenate([qk_BTPK * scale, layers.rotary(turned, position_BT)], axis=-1)
         qk_BTPK = qk_BTPK.astype(u_BTD.dtype)
         return qk_BTPK[:, :, 0], qk_BTPK[:, :, 1]
 
-    def _attend(self, q_BTK, k_BTK, v_BTV, place_BT, segments, past):
+    def _attend(self, q_BTK, k_BTK, v_BTV, position_BT, segments, past):
         """Softmax over the earlier tokens of the same chunk, as if chunks were documents."""
-        begins_BT = place_BT % self.chunk == 0
+        begins_BT = position_BT % self.chunk == 0
         if segments is not None:
             begins_BT &= boundaries.is_real(segments)
         chunk_BT = 1 + jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)  # 1 goes on from the past
@@ -172,11 +169,11 @@ class Mixer(mixer.Mixer):
             return beside()[:, :, 0]
         return jax.lax.cond(jnp.all(past["length"] == 0), alone, beside)[:, :, 0]
 
-    def _write(self, old_BSK, new_BTK, place_BT, length_B, segments):
+    def _write(self, old_BSK, new_BTK, position_BT, length_B, segments):
         """The tokens of the last document's open chunk; zeros in the slots still to come."""
         slots = old_BSK.shape[1]
         opened_B = length_B // self.chunk * self.chunk
-        slot_BT = place_BT - opened_B[:, None]
+        slot_BT = position_BT - opened_B[:, None]
         written_BT, kept_B = slot_BT >= 0, jnp.ones_like(length_B, bool)
         if segments is not None:
             written_BT &= boundaries.of_last(segments)

@@ -45,7 +45,7 @@ CASES = {"monarch_mixer": Config(), "monarch_mixer_encoder": Config(causal=False
 class Monarch(nnx.Module):
     """y = P^T L P R x: two block-diagonal maps, between them a transposition (P) of the channels.
 
-    R mixes the channels of a block and L the blocks of a place: 2 D sqrt(D) weights reach from
+    R mixes the channels of a block and L the blocks of a position: 2 D sqrt(D) weights reach from
     every channel to every other (arXiv 2204.00595, definition 3.1).
     """
 

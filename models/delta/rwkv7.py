@@ -125,8 +125,8 @@ def _rank(factor: float, width: int) -> int:
 
 def _zigzag(shape):
     """From -1 to 1 across each head, flat in the middle."""
-    place = 2 * jnp.arange(shape[-1]) / max(shape[-1] - 1, 1) - 1
-    return jnp.broadcast_to(place * jnp.abs(place), shape)
+    position = 2 * jnp.arange(shape[-1]) / max(shape[-1] - 1, 1) - 1
+    return jnp.broadcast_to(position * jnp.abs(position), shape)
 
 
 def _speed(depth: float) -> weights.Initializer:

@@ -49,15 +49,15 @@ class Mixer(features.FeatureMixer):
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"s": None, "length": jnp.zeros(x.shape[0], jnp.int32)}
-        places_BT, length = cache.document_positions(state["length"], segments, x.shape[1])
-        f_BTPHF = self._turned(jax.nn.relu(self.queries_keys(x)), places_BT)
+        position_BT, length = cache.document_positions(state["length"], segments, x.shape[1])
+        f_BTPHF = self._turned(jax.nn.relu(self.queries_keys(x)), position_BT)
         q_BTHF, k_BTHF = f_BTPHF[:, :, 0], f_BTPHF[:, :, 1]
         y, s_BHFW = self.read(x, q_BTHF, k_BTHF, segments=segments, state=state["s"])
         return y, {"s": s_BHFW, "length": length}
 
-    def _turned(self, x_BTPHK, places_BT):
-        """(x cos a, x sin a), a = pi / 2 * place / M."""
-        share_BT = jnp.minimum(places_BT, self.horizon) / self.horizon
+    def _turned(self, x_BTPHK, position_BT):
+        """(x cos a, x sin a), a = pi / 2 * position / M."""
+        share_BT = jnp.minimum(position_BT, self.horizon) / self.horizon
         angle_BT111 = (math.pi / 2 * share_BT).astype(mixer.wide(x_BTPHK.dtype))[
             ..., None, None, None
         ]

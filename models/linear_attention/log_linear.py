@@ -114,13 +114,13 @@ def log_linear(q, k, v, log_decay, weights, *, segments, initial_state, length):
     """
     count = q.shape[1]
     chunk = chunks.length_for(count, CHUNK)
-    place_BT, length_after = cache.document_positions(length, segments, count)
-    place_BT = jnp.pad(place_BT, ((0, 0), (0, -count % chunk)), mode="edge")
-    leaving_BN = place_BT[:, chunk - 1 :: chunk]
+    position_BT, length_after = cache.document_positions(length, segments, count)
+    position_BT = jnp.pad(position_BT, ((0, 0), (0, -count % chunk)), mode="edge")
+    leaving_BN = position_BT[:, chunk - 1 :: chunk]
     entering_BN = jnp.concatenate([length[:, None] - 1, leaving_BN[:, :-1]], axis=1)
     fixed = (
         chunks.boundaries(chunks.pad(segments, chunk), chunk),
-        place_BT,
+        position_BT,
         jnp.repeat(entering_BN, chunk, axis=1),
     )
     inputs = chunks.pad((q, k, v, log_decay, weights), chunk)
@@ -132,12 +132,12 @@ def _chunk(s_BLHKV, inputs, fixed):
     """One chunk: pairs of its tokens, reads of the entering states, writes of the leaving ones."""
     v_dtype, dtype = inputs[2].dtype, s_BLHKV.dtype
     q_BCK, k_BCK, v_BCHV, g_BCH, w_BCHL = (x.astype(dtype) for x in inputs)
-    within, place_BC, entering_BC = fixed
+    within, position_BC, entering_BC = fixed
     masks = chunks.masks(within, q_BCK.shape[1])
     decay_BHCS, kept_BCH = _decays(jnp.where(masks.real[..., None], g_BCH, 0))
 
     kind = w_BCHL.shape[3]
-    pair_BCS = level(place_BC[:, :, None], place_BC[:, None, :])
+    pair_BCS = level(position_BC[:, :, None], position_BC[:, None, :])
     chosen_BCSL = jax.nn.one_hot(jnp.minimum(pair_BCS, kind - 1), kind, dtype=dtype)
     a_BHCS = jnp.einsum("bchl,bcsl->bhcs", w_BCHL, chosen_BCSL) * decay_BHCS
     a_BHCS *= jnp.where(masks.pair, jnp.einsum("bck,bsk->bcs", q_BCK, k_BCK), 0)[:, None]
@@ -146,7 +146,7 @@ def _chunk(s_BLHKV, inputs, fixed):
     # What stands on level l for the last token before the chunk stands on max(l, h) for token t,
     # where h is the level of that last token.
     held = jnp.arange(s_BLHKV.shape[1])
-    read_BCL = jnp.maximum(level(place_BC, entering_BC)[..., None], held)
+    read_BCL = jnp.maximum(level(position_BC, entering_BC)[..., None], held)
     chosen_BCLM = jax.nn.one_hot(jnp.minimum(read_BCL, kind - 1), kind, dtype=dtype)
     seen_BCHL = jnp.einsum("bchm,bclm->bchl", w_BCHL, chosen_BCLM)
     seen_BCHL *= jnp.where(masks.read[..., None], kept_BCH, 0)[..., None]
@@ -154,12 +154,12 @@ def _chunk(s_BLHKV, inputs, fixed):
     o_BCHV += jnp.einsum("bchl,bclhv->bchv", seen_BCHL, qs_BCLHV)
 
     top = held.shape[0] - 1
-    last_B = place_BC[:, -1]
+    last_B = position_BC[:, -1]
     moved_BL = jnp.maximum(level(last_B, entering_BC[:, 0])[:, None], held)
     moved_BLM = jax.nn.one_hot(jnp.minimum(moved_BL, top), top + 1, dtype=dtype)
     kept_BH = jnp.where(masks.keep[:, None], kept_BCH[:, -1], 0)
     after_BLHKV = jnp.einsum("blm,bh,blhkv->bmhkv", moved_BLM, kept_BH, s_BLHKV)
-    own_BC = jnp.minimum(level(last_B[:, None], place_BC), top)
+    own_BC = jnp.minimum(level(last_B[:, None], position_BC), top)
     k_BCMK = jax.nn.one_hot(own_BC, top + 1, dtype=dtype)[..., None] * k_BCK[:, :, None]
     left_BCH = jnp.where(masks.write[..., None], jnp.moveaxis(decay_BHCS[:, :, -1], 1, 2), 0)
     after_BLHKV += jnp.einsum("bcmk,bchv->bmhkv", k_BCMK, left_BCH[..., None] * v_BCHV)

@@ -67,13 +67,13 @@ class Mixer(mixer.Mixer):
 
     def __call__(self, x, *, segments=None, state=None):
         state = state or {"s": None, "length": jnp.zeros(x.shape[0], jnp.int32)}
-        places_BT, length = cache.document_positions(state["length"], segments, x.shape[1])
+        position_BT, length = cache.document_positions(state["length"], segments, x.shape[1])
         qk_BTPHK = weights.project("btd,dphk->btphk", x, self.qk)
         vg_BTPHV = weights.project("btd,dphv->btphv", x, self.vg)
         q_BTHK, k_BTHK = qk_BTPHK[:, :, 0], qk_BTPHK[:, :, 1]
         if self.rope_base:
-            q_BTHK = layers.rotary(q_BTHK, places_BT, self.rope_base)
-            k_BTHK = layers.rotary(k_BTHK, places_BT, self.rope_base)
+            q_BTHK = layers.rotary(q_BTHK, position_BT, self.rope_base)
+            k_BTHK = layers.rotary(k_BTHK, position_BT, self.rope_base)
         o_BTHV, s_BHKV = gated_linear(
             q_BTHK,
             k_BTHK,

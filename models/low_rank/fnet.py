@@ -58,8 +58,8 @@ def _transform(
     real, document = boundaries.is_real(segments), boundaries.ordinals(segments)
     same = (document[:, :, None] == document[:, None]) & real[:, :, None] & real[:, None]
     length = jnp.maximum(same.sum(-1, keepdims=True), 1)
-    place, _ = cache.document_positions(jnp.zeros(batch, jnp.int32), segments, count)
+    position, _ = cache.document_positions(jnp.zeros(batch, jnp.int32), segments, count)
     # Whole turns are dropped before the angle is formed, so that long documents keep their digits.
-    turn = (place[:, :, None] * place[:, None] % length).astype(dtype) / length
+    turn = (position[:, :, None] * position[:, None] % length).astype(dtype) / length
     scale = jnp.where(same, 1 / jnp.sqrt(length.astype(dtype)), 0)
     return scale * jnp.cos(2 * jnp.pi * turn), scale * jnp.sin(2 * jnp.pi * turn)

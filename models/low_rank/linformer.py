@@ -78,9 +78,9 @@ class Mixer(mixer.Mixer):
         """The same with documents in a row, by linear attention in both directions."""
         dtype, (batch, length, heads, _) = mixer.wide(q_BTHK.dtype), q_BTHK.shape
         longest, rank = self.mixes.shape[1:]
-        place_BT, _ = cache.document_positions(jnp.zeros(batch, jnp.int32), segments, length)
-        mixes_PBTR = jnp.take(self.mixes[...], place_BT, axis=1, mode="clip")
-        mixes_PBTR = jnp.where((place_BT < longest)[..., None], mixes_PBTR, 0)
+        position_BT, _ = cache.document_positions(jnp.zeros(batch, jnp.int32), segments, length)
+        mixes_PBTR = jnp.take(self.mixes[...], position_BT, axis=1, mode="clip")
+        mixes_PBTR = jnp.where((position_BT < longest)[..., None], mixes_PBTR, 0)
         shape = (2, batch, length, heads, rank)
         mixes_PBTHR = jnp.broadcast_to(mixes_PBTR[:, :, :, None], shape)
         mixes_PBTHR = mixes_PBTHR.astype(q_BTHK.dtype)

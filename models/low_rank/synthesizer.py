@@ -76,30 +76,30 @@ class Mixer(mixer.Mixer):
             documents.check_length(count, self.length)
         v_BTHV = weights.project("btd,dhv->bthv", x, self.v)
         begun_B = jnp.zeros(batch, jnp.int32) if state is None else state["begun"]
-        place_BT, begun_B = cache.document_positions(begun_B, segments, count)
+        position_BT, begun_B = cache.document_positions(begun_B, segments, count)
         if not self.causal:
-            return self._read(x, v_BTHV, place_BT, place_BT, _together(segments)), ()
+            return self._read(x, v_BTHV, position_BT, position_BT, _together(segments)), ()
         if state is None:
             old = cache.empty(batch, min(count, self.length), x.dtype, v=v_BTHV.shape[2:])
         else:
-            old = {name: state[name] for name in ("v", "place", "length")}
-        positions_BT = cache.positions(old["length"], segments, count)
+            old = {name: state[name] for name in ("v", "position", "length")}
+        row_BT = cache.positions(old["length"], segments, count)
 
         def beside(seen, *, positions, kv_positions, segments, kv_segments):
             here_BTS = kv_positions[:, None] <= positions[..., None]
             here_BTS &= (kv_positions >= 0)[:, None] & _same(segments, kv_segments)
             # A slot's position in the row, less the tokens of the row before its document.
-            at_BTS = kv_positions[:, None] - (positions - place_BT)[..., None]
-            return self._read(x, seen["v"], place_BT, at_BTS, here_BTS)
+            at_BTS = kv_positions[:, None] - (positions - position_BT)[..., None]
+            return self._read(x, seen["v"], position_BT, at_BTS, here_BTS)
 
         def alone():
             here_BTS = jnp.tril(jnp.ones((1, count, count), bool)) & _together(segments)
-            return self._read(x, v_BTHV, place_BT, place_BT, here_BTS)
+            return self._read(x, v_BTHV, position_BT, position_BT, here_BTS)
 
         y, new = cache.attend(
             {"v": v_BTHV},
             old,
-            positions_BT,
+            row_BT,
             segments,
             training=state is None,
             alone=alone,
@@ -107,10 +107,10 @@ class Mixer(mixer.Mixer):
         )
         return y, new | {"begun": begun_B}
 
-    def _read(self, x, v_BSHV, place_BT, at, seen_BTS):
+    def _read(self, x, v_BSHV, position_BT, at, seen_BTS):
         """Values at document positions `at`, (B, S) or (B, T, S), by the scores that x writes."""
         at_BTS = at[:, None] if at.ndim == 2 else at
-        scores_BHTL = self._scores(x, place_BT)
+        scores_BHTL = self._scores(x, position_BT)
         index_BHTS = jnp.clip(at_BTS, 0, self.length - 1)[:, None]
         shape = (*scores_BHTL.shape[:3], index_BHTS.shape[-1])
         scores_BHTS = jnp.take_along_axis(scores_BHTL, jnp.broadcast_to(index_BHTS, shape), axis=3)
@@ -119,12 +119,12 @@ class Mixer(mixer.Mixer):
         o_BTHV = jnp.einsum("bhts,bshv->bthv", shares_BHTS, v_BSHV.astype(x.dtype))
         return weights.project("bthv,hvd->btd", o_BTHV, self.o)
 
-    def _scores(self, x, place_BT):
+    def _scores(self, x, position_BT):
         """Every token's scores of all positions of its document."""
         dtype = mixer.wide(x.dtype)
         if self.is_random:
             table_HTL = self.table[...].astype(dtype)
-            return jnp.take(table_HTL, place_BT, axis=1, mode="clip").swapaxes(0, 1)
+            return jnp.take(table_HTL, position_BT, axis=1, mode="clip").swapaxes(0, 1)
         hidden_BTHK = weights.project("btd,dhk->bthk", x, self.hidden).astype(dtype)
         hidden_BTHK = jax.nn.relu(hidden_BTHK + self.hidden_bias[...]).astype(x.dtype)
         scores_BHTL = weights.project("bthk,hkl->bhtl", hidden_BTHK, self.score).astype(dtype)

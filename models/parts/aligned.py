@@ -56,7 +56,7 @@ def _layout(segments, before_B, slots: int, block: int, least: int) -> _Layout:
     """
     count = segments.shape[1]
     document, real = packed.ordinals(segments), packed.is_real(segments)
-    place_BT, _ = cache.document_positions(before_B, segments, count)
+    position_BT, _ = cache.document_positions(before_B, segments, count)
     tally = lambda document, real: jnp.zeros(count, jnp.int32).at[document].add(real)
     tokens_BD = jax.vmap(tally)(document, real.astype(jnp.int32))
     blocks_BD = jnp.where(tokens_BD >= least, -(-tokens_BD // block), 0)
@@ -67,7 +67,7 @@ def _layout(segments, before_B, slots: int, block: int, least: int) -> _Layout:
     origin, blocks = of_tokens(first_BD), of_tokens(blocks_BD)
     # A document has blocks / tokens <= 1 / least up to one block, and <= 2 / block above.
     length = slots + block * max(math.ceil(count / least), math.ceil(2 * count / block))
-    slot = jnp.where(real & (blocks > 0), origin * block + place_BT, length)
+    slot = jnp.where(real & (blocks > 0), origin * block + position_BT, length)
     return _Layout(slot, origin, blocks, length)
 
 
@@ -101,10 +101,10 @@ def _before(state: Arrays | None, x: Array) -> Int[Array, " B"]:
 def write(state: Arrays, tokens: Arrays, sums: Arrays, segments, unit: int) -> Arrays:
     """The state after the new tokens: the row's last document, by position."""
     some = next(iter(tokens.values()))
-    place_BT, length_B = cache.document_positions(state["length"], segments, some.shape[1])
-    at_BT, kept = place_BT, None
+    position_BT, length_B = cache.document_positions(state["length"], segments, some.shape[1])
+    at_BT, kept = position_BT, None
     if segments is not None:
-        at_BT = jnp.where(packed.of_last(segments), place_BT, jnp.iinfo(jnp.int32).max)
+        at_BT = jnp.where(packed.of_last(segments), position_BT, jnp.iinfo(jnp.int32).max)
         kept = packed.goes_on(segments)
     put = lambda old, at, x: old.at[at].set(x.astype(old.dtype), mode="drop")
     new = {name: jax.vmap(put)(state[name], at_BT, x) for name, x in tokens.items()}

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models import cache, mixer, reports, weights
+from models import auxiliary, cache, mixer, weights
 from models.parts import routing
 
 
@@ -65,7 +65,7 @@ class Mixer(mixer.Mixer):
             weight_BTJ = weight_BTJ / weight_BTJ.sum(-1, keepdims=True)
         kept_BTJ, after = keep(expert_BTJ, state, segments, factor=self.factor, least=self.least)
         first = routing.balance(probs_BTE, expert_BTJ[..., :1], real_BT)
-        reports.loss("balance", self.balance * first)
+        auxiliary.loss("balance", self.balance * first)
         hot_BTE = routing.hot(expert_BTJ, probs_BTE.shape[2])
         routing.measure(
             probs_BTE, hot_BTE, real_BT, dropped(expert_BTJ, kept_BTJ, hot_BTE.shape[2])
@@ -88,7 +88,7 @@ def check(factor: float, least: int) -> None:
 def empty_counts(batch: int, experts: int) -> dict[str, Array]:
     """The state of `keep`: choices kept of each expert in the document so far, and its tokens."""
     counts = jnp.zeros((batch, experts), jnp.int32)
-    return {"counts": counts, "place": jnp.zeros(batch, jnp.int32)}
+    return {"counts": counts, "position": jnp.zeros(batch, jnp.int32)}
 
 
 def keep(
@@ -101,20 +101,22 @@ def keep(
 ) -> tuple[Int[Array, "B T J"], dict[str, Array]]:
     """The choices within capacity (none for the others), and the state after them.
 
-    The token at place t of its document, from 0, keeps expert e if the document has kept e less
+    The token at position t of its document, from 0, keeps expert e if the document has kept e less
     than max(least, ceil(factor J (t + 1) / E)) times before. The limit is worked out in integers
     (`factor` to a 64th): its rounding must not depend on the dtype.
     """
     experts = state["counts"].shape[1]
     hot_BTE = routing.hot(expert_BTJ, experts)
-    place_BT, place = cache.document_positions(state["place"], segments, expert_BTJ.shape[1])
+    position_BT, position = cache.document_positions(
+        state["position"], segments, expert_BTJ.shape[1]
+    )
     share = fractions.Fraction(factor).limit_denominator(64) * expert_BTJ.shape[2] / experts
-    limit_BT = -(-(place_BT + 1) * share.numerator // share.denominator)
+    limit_BT = -(-(position_BT + 1) * share.numerator // share.denominator)
     limit_BT = jnp.maximum(limit_BT, least)
     within_BTE, counts = cache.admit(hot_BTE, limit_BT, state["counts"], segments)
     own_BTJ = jnp.take_along_axis(within_BTE, jnp.minimum(expert_BTJ, experts - 1), axis=2)
     kept_BTJ = jnp.where(own_BTJ, expert_BTJ, experts)
-    return kept_BTJ, {"counts": counts, "place": place}
+    return kept_BTJ, {"counts": counts, "position": position}
 
 
 def dropped(

@@ -25,7 +25,7 @@ def since(
 
 def aged(
     held: Float[Array, "B S H"],
-    place: Int[Array, "B S"],
+    position: Int[Array, "B S"],
     log_forget: Float[Array, "B T H"],
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B S H"]:
@@ -33,7 +33,7 @@ def aged(
     if segments is not None:
         goes_on = (boundaries.ordinals(segments) == 0)[..., None] & _real(segments)
         log_forget = jnp.where(goes_on, log_forget, 0)
-    filled = (place > 0)[..., None]
+    filled = (position > 0)[..., None]
     return jnp.where(filled, held + jnp.sum(log_forget, axis=1, keepdims=True), 0)
 
 

@@ -30,11 +30,11 @@ Gradients = tuple[tuple[Array, Array], ...]  # a layer's inputs and errors (B, C
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Where tokens stand, all (B, T); padding has the numbers of the real token before it."""
 
     real: Bool[Array, "B T"]
-    place: Int[Array, "B T"]  # inside the mini-batch, from 0
+    position: Int[Array, "B T"]  # inside the mini-batch, from 0
     group: Int[Array, "B T"]  # mini-batches begun in this row
     document: Int[Array, "B T"]  # documents begun in this row after its first
 
@@ -134,13 +134,13 @@ def zeros(batch: int, like: Network, dtype: Any) -> Network:
     return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape), dtype), like)
 
 
-def places(
+def positions(
     before_B: Int[Array, " B"], segments: Int[Array, "B T"] | None, length: int, size: int
-) -> tuple[Places, Int[Array, " B"]]:
-    """Places of a row's tokens in mini-batches of `size`, and the tokens of its last document.
+) -> tuple[Positions, Int[Array, " B"]]:
+    """Positions of a row's tokens in mini-batches of `size`, and the tokens of its last document.
 
-    `before_B` is how many tokens of the first document came before the row. The places go on over
-    the padding with which `scan` fills the row.
+    `before_B` is how many tokens of the first document came before the row. The positions go on
+    over the padding with which `scan` fills the row.
     """
     if segments is None:
         segments = jnp.ones((before_B.shape[0], length), jnp.int32)
@@ -148,12 +148,12 @@ def places(
     segments = jnp.pad(segments, ((0, 0), (0, whole - length)))
     position_BT, after_B = cache.document_positions(before_B, segments, whole)
     real_BT = boundaries.is_real(segments)
-    place_BT = position_BT % size
-    group_BT = jnp.cumsum(real_BT & (place_BT == 0), axis=1, dtype=jnp.int32)
-    return Places(real_BT, place_BT, group_BT, boundaries.ordinals(segments)), after_B
+    within_BT = position_BT % size
+    group_BT = jnp.cumsum(real_BT & (within_BT == 0), axis=1, dtype=jnp.int32)
+    return Positions(real_BT, within_BT, group_BT, boundaries.ordinals(segments)), after_B
 
 
-def masks(at: Places, group_B: Int[Array, " B"], document_B: Int[Array, " B"]) -> Masks:
+def masks(at: Positions, group_B: Int[Array, " B"], document_B: Int[Array, " B"]) -> Masks:
     """The masks of a chunk that begins in mini-batch `group_B` of `document_B`."""
     same_BC = at.group == group_B[:, None]
     order = jnp.tril(jnp.ones((at.real.shape[1],) * 2, bool))
@@ -176,9 +176,9 @@ def _layout(length: int, size: int) -> tuple[int, int, int]:
 
 
 def scan(
-    body: Callable, carry: Any, inputs: Any, at: Places, size: int
+    body: Callable, carry: Any, inputs: Any, at: Positions, size: int
 ) -> tuple[Any, Float[Array, "B T ..."]]:
-    """`body(carry, inputs, places, masks) -> (carry, out)` over chunks of at most `size` tokens.
+    """`body(carry, inputs, positions, masks) -> (carry, out)` over chunks of at most `size` tokens.
 
     A chunk is no longer than a mini-batch, so it holds tokens of at most two mini-batches of the
     document in which it begins, and those of a document that begins in it are of its first. For

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from models import checks, mixer, weights
 from models.parts import inner_loop
-from models.parts.inner_loop import Gradients, Masks, Network, Places, Term, mix
+from models.parts.inner_loop import Gradients, Masks, Network, Positions, Term, mix
 
 BIASES = (-5.0, 2.0, -2.0)  # forgetting 0.007, momentum 0.88, theta 0.12 of its largest
 
@@ -118,7 +118,7 @@ class Steps:
         begin: tuple[Network, Network],
         held: Held,
         gates: tuple[Array, Array, Array],
-        at: Places,
+        at: Positions,
         masks: Masks,
     ):
         self.begin, self.held, self.masks, self.at = begin, held, masks, at

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels import segments as boundaries
 from kernels.grouped_matmul import grouped_matmul
-from models import mixer, reports, weights
+from models import auxiliary, mixer, weights
 
 
 def check(experts: int, top_k: int) -> None:
@@ -74,8 +74,8 @@ def plan(expert_BTJ: Int[Array, "B T J"], experts: int) -> Plan:
     """Choices of none come last, beyond all groups."""
     expert_M = expert_BTJ.reshape(-1)
     order = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
-    place = jnp.arange(order.size, dtype=jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
+    index = jnp.arange(order.size, dtype=jnp.int32)
+    inverse = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
     return Plan(order, inverse, hot(expert_BTJ, experts).sum((0, 1)))
 
 
@@ -203,7 +203,7 @@ def measure(
     load_E = hot_BTE.sum((0, 1)).astype(dtype)
     load_E = load_E / jnp.maximum(load_E.mean(), jnp.finfo(dtype).tiny)
     log_BTE = jnp.log(jnp.maximum(probs_BTE, jnp.finfo(dtype).tiny))
-    reports.measure("load_max", load_E.max())
-    reports.measure("load_cv", load_E.std())
-    reports.measure("dropped", jnp.zeros((), dtype) if dropped is None else dropped)
-    reports.measure("entropy", mean(-jnp.sum(probs_BTE * log_BTE, axis=-1), real_BT))
+    auxiliary.metric("load_max", load_E.max())
+    auxiliary.metric("load_cv", load_E.std())
+    auxiliary.metric("dropped", jnp.zeros((), dtype) if dropped is None else dropped)
+    auxiliary.metric("entropy", mean(-jnp.sum(probs_BTE * log_BTE, axis=-1), real_BT))

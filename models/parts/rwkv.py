@@ -1,7 +1,7 @@
 """What the RWKV generations share: the start of their token shifts and decays, by channel.
 
-The numbers are those of the released code (RWKV-LM). They depend on a layer's place in the stack,
-which a mixer does not know; the Config's `depth` in [0, 1), layer / layers, stands for it.
+The numbers are those of the released code (RWKV-LM). They depend on a layer's position in the
+stack, which a mixer does not know; the Config's `depth` in [0, 1), layer / layers, stands for it.
 """
 
 import math

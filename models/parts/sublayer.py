@@ -1,7 +1,7 @@
 """A mixer behind its norm: the step that every kind of block is made of."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,8 +13,6 @@ from models import layers, mixer
 @dataclasses.dataclass
 class Mixers:
     """Settings of a block: Configs of mixers, token and channel mixers alike, one after another."""
-
-    is_block: ClassVar[bool] = True
 
     mixers: tuple[Any, ...]
     norm_eps: float = 1e-6

@@ -74,16 +74,18 @@ class Layer(mixer.Mixer):
     def __call__(self, x, *, segments=None, state=None):
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if state is None else state
         dtype = mixer.wide(x.dtype)
-        at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.share.shape[0])
-        place_BT = at.place[:, : x.shape[1]]
+        at, length_B = inner_loop.positions(
+            old["length"], segments, x.shape[1], self.share.shape[0]
+        )
+        position_BT = at.position[:, : x.shape[1]]
         qk_BTHK = weights.project("btd,dhk->bthk", x, self.qk)
         q_BTHK, tail = self.q_conv(qk_BTHK, segments=segments, state=old["qk"])
         k_BTHK, _ = self.k_conv(qk_BTHK, segments=segments, state=old["qk"])
         vz_BTPHK = weights.project("btd,dphk->btphk", x, self.vz)
         rate_BTH = weights.project("btd,dh->bth", x, self.rate).astype(dtype) + self.rate_bias[...]
         inputs = (
-            layers.rotary(q_BTHK, place_BT, self.rope_base).astype(dtype),
-            layers.rotary(k_BTHK, place_BT, self.rope_base).astype(dtype),
+            layers.rotary(q_BTHK, position_BT, self.rope_base).astype(dtype),
+            layers.rotary(k_BTHK, position_BT, self.rope_base).astype(dtype),
             vz_BTPHK[:, :, 0].astype(dtype),
             self.step * jax.nn.sigmoid(rate_BTH),
         )
@@ -122,7 +124,7 @@ class Layer(mixer.Mixer):
             after = inner_loop.mix((1.0, start), (-share_C[-1], full))
             terms.append((next_BC1, after))
             found = inner_loop.gradients(k_BCHK, terms, gelu, loss)
-            share_BC1 = share_C[at.place][..., None]
+            share_BC1 = share_C[at.position][..., None]
             pair_BHCS = jnp.swapaxes(rate_BCH, 1, 2)[:, :, None] * share_BC1[:, None]
             terms.append((-share_BC1 * same_BC1, sums))
             past = found, pair_BHCS * masks.pair[:, None]

@@ -24,7 +24,7 @@ EMPTY = -1e38  # the largest exponent of no token
 class Config:
     """As many channels as the model's width."""
 
-    depth: float = 0.5  # the layer's place, 0 (first) to 1 (last): it shapes decays and mixes
+    depth: float = 0.5  # the layer's position, 0 (first) to 1 (last): it shapes decays and mixes
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError where depth is out of range."""
@@ -42,9 +42,9 @@ class Mixer(mixer.Mixer):
         if not 0 <= depth <= 1:
             near = min(max(depth, 0.0), 1.0)
             raise ValueError(f"depth={depth} of the layer is outside [0, 1]. Use {near}.")
-        place = jnp.arange(width) / width
+        position = jnp.arange(width) / width
         along = jnp.arange(width) / max(width - 1, 1)
-        mix = place ** (1 - depth)
+        mix = position ** (1 - depth)
         mixes = jnp.stack([0.5 * mix, mix, mix + 0.3 * depth])
         decay = -5 + 8 * along ** (0.7 + 1.3 * depth)
         zigzag = 0.5 * ((jnp.arange(width) + 1) % 3 - 1)

@@ -24,7 +24,7 @@ class Config:
 
     heads: int = 4
     conv: int = 4  # tokens of the convolution before the input and forget gates
-    depth: float = 0.0  # the layer's place, 0 (first) to 1 (last): it shapes the forget biases
+    depth: float = 0.0  # the layer's position, 0 (first) to 1 (last): it shapes the forget biases
 
     def build(self, width: int, rngs: nnx.Rngs) -> "Mixer":
         """The module; ValueError where heads, conv or depth do not fit."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from models import layers, mixer, reports, weights
+from models import auxiliary, layers, mixer, weights
 from models.parts import aligned, chosen_blocks, sparse_heads
 
 
@@ -101,7 +101,7 @@ class Mixer(sparse_heads.Attention):
         if training and self.imitation:
             q, k = jax.lax.stop_gradient((queries["q"], keys["k"]))
             loss = sparse_heads.imitation(row, q, k, lists_BTGM, scores, queries["gate"])
-            reports.loss("gate", self.imitation * loss)
+            auxiliary.loss("gate", self.imitation * loss)
         return row.chosen(queries["q"], keys["k"], keys["v"], lists_BTGM.swapaxes(1, 2))
 
     def init_state(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32):

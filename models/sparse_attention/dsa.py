@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from models import layers, mixer, reports, weights
+from models import auxiliary, layers, mixer, weights
 from models.parts import aligned, chosen_blocks, sparse_heads
 
 
@@ -88,7 +88,7 @@ class Mixer(sparse_heads.Attention):
         if training and self.imitation:
             q, k = jax.lax.stop_gradient((queries["q"], keys["k"]))
             loss = sparse_heads.imitation(row, q, k, lists_BTLM, scores, *given)
-            reports.loss("indexer", self.imitation * loss)
+            auxiliary.loss("indexer", self.imitation * loss)
         return row.chosen(queries["q"], keys["k"], keys["v"], lists_BTLM.swapaxes(1, 2))
 
     def _scores(self, row, q_BTJE, w_BTJ, k_BSE) -> Array:

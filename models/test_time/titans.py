@@ -91,7 +91,7 @@ class Mixer(mixer.Mixer):
         training = state is None
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if training else state
         inputs, tail = self._inputs(x, segments, old["qkv"])
-        at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.batch)
+        at, length_B = inner_loop.positions(old["length"], segments, x.shape[1], self.batch)
         body = self._chunk(self._beginning(x.dtype), training and segments is None)
         held, o_BTHK = inner_loop.scan(body, old["memory"], inputs, at, self.batch)
         z_BTHK = weights.project("btd,dhk->bthk", x, self.z)
@@ -120,7 +120,7 @@ class Mixer(mixer.Mixer):
         if not count:
             return begin
         inputs, _ = self._inputs(self.persistent[...].astype(dtype)[None], None, None)
-        at, _ = inner_loop.places(jnp.zeros(1, jnp.int32), None, count, self.batch)
+        at, _ = inner_loop.positions(jnp.zeros(1, jnp.int32), None, count, self.batch)
         held = self.memory.fresh(1, dtype)
         held, _ = inner_loop.scan(self._chunk(begin, True), held, inputs, at, self.batch)
         weights, momentum = (

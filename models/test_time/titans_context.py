@@ -84,24 +84,24 @@ class Mixer(mixer.Mixer):
 
     def __call__(self, x, *, segments=None, state=None):
         old = self.init_state(x.shape[0], x.shape[1], x.dtype) if state is None else state
-        at, length_B = inner_loop.places(old["length"], segments, x.shape[1], self.segment)
-        place_BT = at.place[:, : x.shape[1]]
+        at, length_B = inner_loop.positions(old["length"], segments, x.shape[1], self.segment)
+        position_BT = at.position[:, : x.shape[1]]
         ask_BTHK = weights.project("btd,dhk->bthk", x, self.ask).astype(mixer.wide(x.dtype))
         q_BTHK = weights.project("btd,dhk->bthk", x, self.q)
         inputs = (
             layers.l2_norm(ask_BTHK),
-            layers.rotary(q_BTHK, place_BT, self.rope_base),
-            self._keys(x, place_BT),
+            layers.rotary(q_BTHK, position_BT, self.rope_base),
+            self._keys(x, position_BT),
         )
         body = self._chunk(x.dtype, state is None and segments is None)
         carry = old["memory"], old["seen"]
         (memory, seen), y = inner_loop.scan(body, carry, inputs, at, self.segment)
         return y, {"memory": memory, "seen": seen, "length": length_B}
 
-    def _keys(self, x, place_BT):
+    def _keys(self, x, position_BT):
         """Keys and values (B, T, 2, H, K) of tokens in the residual stream."""
         kv_BTPHK = weights.project("btd,dphk->btphk", x, self.kv)
-        k_BTHK = layers.rotary(kv_BTPHK[:, :, 0], place_BT, self.rope_base)
+        k_BTHK = layers.rotary(kv_BTPHK[:, :, 0], position_BT, self.rope_base)
         return jnp.stack([k_BTHK, kv_BTPHK[:, :, 1]], axis=2)
 
     def _chunk(self, dtype, alone: bool):
@@ -121,7 +121,7 @@ class Mixer(mixer.Mixer):
                 """y, and the keys and values of what was recalled and of the tokens."""
                 recalled_BCHK = memory.read(ask_BCHK, terms).astype(dtype)
                 recalled_BCD = weights.project("bthk,hkd->btd", recalled_BCHK, self.recall)
-                new_BCRPHK = jnp.stack([self._keys(recalled_BCD, at.place), own_BCPHK], axis=2)
+                new_BCRPHK = jnp.stack([self._keys(recalled_BCD, at.position), own_BCPHK], axis=2)
                 groups = [(new_BCRPHK, masks.pair)]
                 if not alone:
                     groups.append((seen_BSRPHK, masks.same[..., None] & before_BS[:, None]))
@@ -168,14 +168,14 @@ class Mixer(mixer.Mixer):
 
 def _slots_before(at, masks, slots):
     """The slots that hold earlier tokens of the segment in which the chunk begins (B, S)."""
-    first_B = jnp.where(masks.same & at.real, at.place, slots).min(1)
+    first_B = jnp.where(masks.same & at.real, at.position, slots).min(1)
     return jnp.arange(slots) < first_B[:, None]
 
 
 def _written(seen_BSRPHK, new_BCRPHK, at, masks):
     """The slots of the segment in which the chunk ends."""
     slots = jnp.arange(seen_BSRPHK.shape[1])
-    put_BCS = masks.last[..., None] & (at.place[..., None] == slots)
+    put_BCS = masks.last[..., None] & (at.position[..., None] == slots)
     put_BCS = put_BCS.astype(new_BCRPHK.dtype)
     kept_BS = masks.same[:, -1:] * (1 - put_BCS.sum(1))
     kept_BS1111 = kept_BS.astype(seen_BSRPHK.dtype)[..., None, None, None, None]

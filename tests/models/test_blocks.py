@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import reports
+from models import auxiliary, mixer
 from models.attention import softmax
 from models.block import (
+    CASES,
     depth,
     heads,
     hyper_connections,
@@ -21,6 +22,8 @@ from models.block import (
     yoco,
 )
 from models.channel import dropless, glu
+from models.convolution import mega
+from models.low_rank import synthesizer
 from models.recurrent import rg_lru
 from tests.tolerance import assert_close
 
@@ -38,6 +41,21 @@ def built(config):
 
 def close(got, want, what):
     assert_close(got, want, np.float32, what)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_says_whether_it_builds_a_block(name):
+    config = CASES[name]
+    assert mixer.is_block(config) == (name != "heads")
+    assert isinstance(nnx.eval_shape(lambda: config.build(32, nnx.Rngs(0))), mixer.Block) == (
+        name != "heads"
+    )
+
+
+def test_mixers_are_no_blocks_wherever_they_live():
+    assert mixer.is_block(mega.Config())
+    assert not any(map(mixer.is_block, PARTS))
+    assert not mixer.is_block(synthesizer.Config(causal=True))
 
 
 def test_a_pre_norm_block_adds_one_mixer_after_the_other():
@@ -139,7 +157,7 @@ def test_reversible_layers_pass_on_what_their_layers_report():
     graph, params = nnx.split(block)
 
     def loss(params, run):
-        with reports.collecting() as found:
+        with auxiliary.collecting() as found:
             run(nnx.merge(graph, params), x)
         return sum(found["losses"]["balance"])
 
@@ -213,9 +231,9 @@ def test_depth_refusals_take_no_room():
 def test_depth_lets_about_its_share_through_at_the_start():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1024, WIDTH)), jnp.float32)
     block = built(depth.Config(residual.Config(PARTS[1]), capacity=0.25))
-    with reports.collecting() as found:
+    with auxiliary.collecting() as found:
         block(x)
-    assert 0.2 < float(found["measures"]["depth_passed"][0]) <= 0.25
+    assert 0.2 < float(found["metrics"]["depth_passed"][0]) <= 0.25
 
 
 def test_depth_computes_on_its_share_alone():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import mixer, reports
+from models import auxiliary, mixer
 from models.attention import moa
 from models.channel import (
     bit_linear,
@@ -235,10 +235,10 @@ def built(config):
 
 def call(graph, params, x, segments=None):
     """Outputs of a call, and the first value of each loss and measure by name."""
-    with reports.collecting() as found:
+    with auxiliary.collecting() as found:
         y, _ = nnx.merge(graph, params)(x, segments=segments)
     first = lambda kind: {name: values[0] for name, values in found[kind].items()}
-    return y, first("losses"), first("measures")
+    return y, first("losses"), first("metrics")
 
 
 run = jit(call, static_argnums=0)
@@ -266,8 +266,8 @@ def test_equals_a_loop_over_tokens(name):
 def test_capacity_drops_in_these_tests(name):
     """Else the loops above would prove nothing about it."""
     config, _ = NAIVE[name]
-    _, _, measures = run(*built(config), jnp.asarray(activations(), jnp.float32))
-    assert 0.02 < measures["dropped"] < 0.5
+    _, _, metrics = run(*built(config), jnp.asarray(activations(), jnp.float32))
+    assert 0.02 < metrics["dropped"] < 0.5
 
 
 def test_capacity_counts_kept_choices_along_the_document():
@@ -277,7 +277,7 @@ def test_capacity_counts_kept_choices_along_the_document():
     keep = jit(functools.partial(capacity.keep, factor=1.0, least=1))
     kept, state = keep(expert, capacity.empty_counts(1, 2), ids)
     assert kept[0, :, 0].tolist() == [0, 2, 0, 1, 0, 2, 0, 2, 0]
-    assert state["counts"].tolist() == [[2, 0]] and state["place"].tolist() == [3]
+    assert state["counts"].tolist() == [[2, 0]] and state["position"].tolist() == [3]
     more, _ = keep(jnp.asarray([[[1], [0], [0]]]), state, None)
     assert more.tolist() == [[[1], [0], [2]]]
 
@@ -371,8 +371,8 @@ def test_bias_gradient_is_the_excess_of_load():
     @functools.partial(jit, static_argnums=1)
     def gradient(params, factor):
         def loss(params):
-            y, _, measures = call(graph, params, x)
-            return factor * jnp.sum(jnp.sin(y)), measures["load_max"]
+            y, _, metrics = call(graph, params, x)
+            return factor * jnp.sum(jnp.sin(y)), metrics["load_max"]
 
         return jax.grad(loss, has_aux=True)(params)
 

@@ -1,4 +1,4 @@
-"""What the language model adds to its blocks: reports, encoders, tokens further ahead."""
+"""What the language model adds to its blocks: auxiliary losses, encoders, tokens further ahead."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from inference.generate import generate
-from models import lm, reports, stacks
+from models import auxiliary, lm, stacks
 from models.attention import bidirectional, softmax
 from models.block import residual
 from models.channel import dropless, glu
@@ -28,29 +28,29 @@ def batch(seed=0):
     return jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), weights
 
 
-def test_losses_of_layers_join_the_total_and_are_reported():
+def test_losses_of_layers_join_the_total_and_the_metrics():
     model = dataclasses.replace(SMALL, channel=dropless.Config(experts=4)).build(nnx.Rngs(0))
-    total, said, _ = model.training_loss(*batch(), segments=IDS)
-    assert_close(said["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
-    assert_close(total, said["loss"] + said["balance"] + said["z"], np.float32, "total")
-    assert 1 <= float(said["load_max"]) <= 4 and float(said["dropped"]) == 0
+    total, metrics, _ = model.training_loss(*batch(), segments=IDS)
+    assert_close(metrics["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
+    assert_close(total, metrics["loss"] + metrics["balance"] + metrics["z"], np.float32, "total")
+    assert 1 <= float(metrics["load_max"]) <= 4 and float(metrics["dropped"]) == 0
 
 
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
-def test_reports_sum_losses_and_average_measures_over_layers(layers):
+def test_losses_are_summed_and_metrics_averaged_over_layers(layers):
     config = dataclasses.replace(SMALL, depth=3, channel=dropless.Config(experts=4), layers=layers)
     model = config.build(nnx.Rngs(0))
-    _, said, _ = model.training_loss(*batch(), segments=IDS)
-    with reports.collecting() as found:
+    _, metrics, _ = model.training_loss(*batch(), segments=IDS)
+    with auxiliary.collecting() as found:
         flat = stacks.unrolled(model)
         x = flat.embedded(batch()[0])
         for block in flat.rest:
             x, _ = block(x, segments=IDS)
-    assert_close(said["balance"], sum(found["losses"]["balance"]), np.float32, "loss")
-    assert_close(said["entropy"], np.mean(found["measures"]["entropy"]), np.float32, "measure")
+    assert_close(metrics["balance"], sum(found["losses"]["balance"]), np.float32, "loss")
+    assert_close(metrics["entropy"], np.mean(found["metrics"]["entropy"]), np.float32, "metric")
 
 
-def test_remat_changes_no_report():
+def test_remat_changes_no_metric():
     config = dataclasses.replace(SMALL, channel=dropless.Config(experts=4))
     plain, again = (
         dataclasses.replace(config, remat=remat).build(nnx.Rngs(0)).training_loss(*batch())
@@ -161,7 +161,7 @@ def test_positions_count_in_each_document_and_go_on_from_a_state():
         x, state = model(inputs[:, start:end], segments=IDS[:, start:end], state=state)
         parts.append(x)
     assert_close(jnp.concatenate(parts, axis=1), packed, np.float32, "in parts")
-    assert state["place"].tolist() == [6, 16]
+    assert state["position"].tolist() == [6, 16]
     x, _ = model(inputs[:, :1], segments=jnp.full((2, 1), 9), state=state)  # another document
     assert_close(x, model(inputs[:, :1])[0], np.float32, "fresh")
 
@@ -193,9 +193,9 @@ def test_tokens_further_ahead_count_within_their_document():
 def test_further_modules_leave_the_model_itself_alone():
     config = dataclasses.replace(SMALL, predict=3)
     model = config.build(nnx.Rngs(0))
-    total, said, _ = model.training_loss(*batch(), segments=IDS)
-    assert_close(said["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
-    assert_close(total, said["loss"] + said["further"], np.float32, "total")
+    total, metrics, _ = model.training_loss(*batch(), segments=IDS)
+    assert_close(metrics["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
+    assert_close(total, metrics["loss"] + metrics["further"], np.float32, "total")
     state = model.init_state(2, 16)
     assert model(batch()[0], state=state)[0].shape == (2, 16, 32)
 

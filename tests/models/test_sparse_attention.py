@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import reports
+from models import auxiliary
 from models.sparse_attention import (
     bigbird,
     block_routing,
@@ -270,7 +270,7 @@ def loss_and_grads(module, x, segments=None):
     graph, params = nnx.split(module)
 
     def loss(params):
-        with reports.collecting() as found:
+        with auxiliary.collecting() as found:
             nnx.merge(graph, params)(x, segments=segments)
         (values,) = found["losses"].values()
         return values[0]

@@ -1,6 +1,6 @@
-"""What a layer says beside its output: losses to add to the model's own, and measurements.
+"""Auxiliary losses and metrics: what a layer has beside its output for training and its log.
 
-A layer calls `loss` or `measure`; the model opens `collecting` around each block, inside the traced
+A layer calls `loss` or `metric`; the model opens `collecting` around each block, inside the traced
 function that runs it, and returns what was found as that function's output. Where nobody collects,
 nothing happens.
 """
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Found = dict[str, dict[str, list[Float[Array, "..."]]]]  # stacked layers lead
-_open: contextvars.ContextVar[Found | None] = contextvars.ContextVar("reports", default=None)
+_open: contextvars.ContextVar[Found | None] = contextvars.ContextVar("auxiliary", default=None)
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Found]:
-    """A dict {"losses": {name: values}, "measures": {name: values}}, filled by layers inside."""
-    found: Found = {"losses": {}, "measures": {}}
+    """A dict {"losses": {name: values}, "metrics": {name: values}}, filled by layers inside."""
+    found: Found = {"losses": {}, "metrics": {}}
     token = _open.set(found)
     try:
         yield found
@@ -32,9 +32,9 @@ def loss(name: str, value: Float[Array, ""]) -> None:
     _add("losses", name, value)
 
 
-def measure(name: str, value: Float[Array, ""]) -> None:
+def metric(name: str, value: Float[Array, ""]) -> None:
     """Report `value`, a scalar, as the mean over layers."""
-    _add("measures", name, value)
+    _add("metrics", name, value)
 
 
 def _add(kind, name, value):
@@ -44,16 +44,16 @@ def _add(kind, name, value):
 
 
 def over_layers(found: list[Found]) -> dict[str, dict[str, Float[Array, ""]]]:
-    """One number a name: the sum of a loss over all layers, the mean of a measurement.
+    """One number a name: the sum of a loss over all layers, the mean of a metric.
 
     A value may carry a leading dimension of stacked layers.
     """
-    totals: dict[str, dict[str, list]] = {"losses": {}, "measures": {}}
+    totals: dict[str, dict[str, list]] = {"losses": {}, "metrics": {}}
     for one in found:
         for kind, names in one.items():
             for name, values in names.items():
                 totals[kind].setdefault(name, []).extend(jnp.ravel(value) for value in values)
-    fold = {"losses": jnp.sum, "measures": jnp.mean}
+    fold = {"losses": jnp.sum, "metrics": jnp.mean}
     return {
         kind: {name: fold[kind](jnp.concatenate(values)) for name, values in names.items()}
         for kind, names in totals.items()
