@@ -8,6 +8,7 @@ size and SHA-256 are checked before use, so a torn or damaged cache is built aga
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,8 @@ def root(folder: str) -> Path:
     """Where token files live: hidden in `Data.folder`, or in the user's cache."""
     if folder:
         return Path(folder).expanduser() / ".frugal-tokens"
-    return Path.home() / ".cache" / "frugal"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count
+    return (given if given.is_absolute() else Path.home() / ".cache") / "frugal"
 
 
 def load(corpus: Corpus, tokenizer: Tokenizer, split: str, folder: str = "") -> Tokens:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data import token_cache
 from parallel import compile_cache
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +133,4 @@ def test_what_was_not_read_for_longest_goes(tmp_path, monkeypatch):
 def test_home(monkeypatch, given, right):
     monkeypatch.setenv("XDG_CACHE_HOME", given)
     assert compile_cache.home() == Path(right).expanduser()
+    assert token_cache.root("") == Path(right).expanduser()
