@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from configs import overrides
 from configs.schema import Experiment, on_disk
+from data import sources
 
 
 class Range(NamedTuple):
@@ -68,7 +69,6 @@ RANGES = {
     "guards.max_bad_steps": Range(1),
     "guards.hang_timeout_s": Range(0),
 }
-SOURCES = ("stdlib", "packages", "tfds:NAME", "text:FOLDER")
 TOKENIZERS = ("bytes", "bpe:FILE")
 
 
@@ -88,8 +88,9 @@ def check(experiment: Experiment) -> None:
     if not overrides.is_section(experiment.model):
         raise ValueError(f"model={experiment.model!r} must be a Config such as models.lm.Config().")
     for key in ("source", "tokenizer", "folder"):
-        on_disk(getattr(experiment.data, key), f"data.{key}")
-    _check_form("data.source", experiment.data.source, SOURCES)
+        on_disk(str(getattr(experiment.data, key)), f"data.{key}")
+    if isinstance(experiment.data.source, str):
+        _check_form("data.source", experiment.data.source, sources.forms())
     _check_form("data.tokenizer", experiment.data.tokenizer, TOKENIZERS)
     _check_mesh(experiment)
     _check_schedule(experiment)

@@ -13,7 +13,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,31 +125,35 @@ def choose(
     """A copy of `tree` with the sections that a flag chooses by name, and the other pairs.
 
     A field whose metadata names a "folder" of Config files takes the name of any file there:
-    `optimizer.rule=lion`. What has that class already keeps its settings.
+    `optimizer.rule=lion`. What has that class already keeps its settings. One whose metadata says
+    "word" takes a word in place of a section, `data.source=text:FOLDER`; `configs.checks` reads it.
     """
     tree, rest = _apart(tree), []
     for key, text in pairs:
-        folder = _folder(tree, key)
-        if not folder:
+        metadata = _metadata(tree, key)
+        folder = metadata.get("folder", "")
+        if not metadata:
             rest.append((key, text))
             continue
         parent, part, value = find(tree, key)
+        if not folder:
+            object.__setattr__(parent, part, _needed(key, text))
+            continue
         module = f"{folder}.{_file(key, folder, text)}"
         if type(value).__module__ != module:
             object.__setattr__(parent, part, importlib.import_module(module).Config())
     return tree, rest
 
 
-def _folder(tree: Any, key: str) -> str:
-    """The folder of Config files that the field `key` chooses from; "" for other keys."""
+def _metadata(tree: Any, key: str) -> Mapping[str, Any]:
+    """What the field `key` says of how it is set; nothing for other keys."""
     try:
         parent, part, _ = find(tree, key)
     except ValueError:  # for `normal` to say
-        return ""
+        return {}
     if not dataclasses.is_dataclass(parent):
-        return ""
-    field = next(field for field in dataclasses.fields(parent) if field.name == part)
-    return field.metadata.get("folder", "")
+        return {}
+    return next(field.metadata for field in dataclasses.fields(parent) if field.name == part)
 
 
 def _file(key: str, folder: str, text: str | None) -> str:

@@ -97,7 +97,10 @@ def _default(value: ast.expr | None) -> str:
     """A default as a command line would say it; what a factory makes is left out."""
     if isinstance(value, ast.Constant):
         return str(value.value)
-    return "" if isinstance(value, ast.Call) or value is None else ast.unparse(value)
+    if isinstance(value, ast.Call):
+        given = next((one.value for one in value.keywords if one.arg == "default"), None)
+        return _default(given) if given else ""
+    return "" if value is None else ast.unparse(value)
 
 
 def _beside(node: ast.expr | ast.stmt, comments: dict[int, str]) -> str:

