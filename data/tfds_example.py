@@ -55,8 +55,10 @@ def build(folder: str | Path, source: str = "stdlib") -> Path:
 def main() -> None:
     """Store a source as the TFDS data set "named_documents"."""
     parser = argparse.ArgumentParser(prog="python -m data.tfds_example", description=main.__doc__)
-from configs.schema import Data, on_disk
-from data import corpora, sources
+    parser.add_argument(
+        "--folder", type=on_disk, required=True, help="data_dir, made if it is missing"
+    )
+    parser.add_argument("--source", default="stdlib", help=", ".join(sources.forms()))
     flags = parser.parse_args()
     try:
         print(build(flags.folder, flags.source))
