@@ -22,7 +22,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-QUICK = "--xla_backend_optimization_level=0"
+# Tests run beside each other, so that code is not generated in several threads, at a cost for each.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort at the flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 KERNELS = Path(__file__).parents[1] / "kernels"

@@ -119,17 +119,28 @@ class Subject:
             filled(part, HALF, padding) for part in np.split(array, edges, axis=1)
         ]
         given = list(zip(cut(x, junk), cut(ids), cut(dy), strict=True))
-        states = [state]
-        for x, ids, dy in given:
+        states, last = [state], None
+        for x, ids, dy in given[:-1]:
             (_, after), _ = self.piece(x, ids, states[-1], dy, zeros(dstate))
             states.append(after)
         y, dx, dparams = [], [], []
-        for (x, ids, dy), state, count in reversed(list(zip(given, states, counts, strict=False))):
-            (out, _), (of_weights, of_x, dstate) = self.piece(x, ids, state, dy, dstate)
+        for (x, ids, dy), state, count in reversed(list(zip(given, states, counts, strict=True))):
+            (out, after), (of_weights, of_x, dstate) = self.piece(x, ids, state, dy, dstate)
             y, dx = [out[:, :count], *y], [of_x[:, :count], *dx]
             dparams.append(of_weights)
+            last = after if last is None else last
         join = lambda parts: np.concatenate(parts, axis=1)
-        return (join(y), states[-1]), (_sum(dparams), join(dx), dstate)
+        return (join(y), last), (_sum(dparams), join(dx), dstate)
+
+    @functools.cached_property
+    def whole(self):
+        """`row` of `inputs` as one document."""
+        return self.row(inputs(LENGTH), ONE, cotangents(ONE))
+
+    @functools.cached_property
+    def packed(self):
+        """`row` of `inputs` as the documents of ROWS."""
+        return self.row(inputs(LENGTH), segments(), cotangents(segments()))
 
     def alone(self, x, dy):
         """y, and the gradients of weights and x, of ROWS with each document in its own row."""

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels import segments as boundaries
-from models import layers, mixer
+from models import mixer, weights
 from tests import contract
 
 CHANNELS = 8
@@ -94,15 +94,15 @@ class Mixer(mixer.Mixer):
     """u = x W, h_t = a h_{t-1} + u_t + m u_{t-1}, y = g (h + s u) O + b."""
 
     def __init__(self, fault, width, rngs):
-        vector = lambda value, name="channels": layers.filled(rngs, value, (CHANNELS,), (name,))
-        self.w = layers.inward(rngs, width, (CHANNELS,), ("channels",))
-        self.o = layers.outward(rngs, (CHANNELS,), width, ("channels",))
+        vector = lambda value, name="channels": weights.filled(rngs, value, (CHANNELS,), (name,))
+        self.w = weights.inward(rngs, width, (CHANNELS,), ("channels",))
+        self.o = weights.outward(rngs, (CHANNELS,), width, ("channels",))
         self.m, self.s, self.a, self.b = vector(0.7), vector(1.3), vector(0.8), vector(0.2)
         unknown = fault == "a weight has an unknown dimension"
         self.g = vector(1.1, "canals" if unknown else "channels")
         flags = np.array([name == fault for name in CHOSEN], np.float32)
         init = lambda key, shape: jnp.asarray(flags)
-        self.flags = layers.weight(rngs, init, flags.shape, ("groups",))
+        self.flags = weights.weight(rngs, init, flags.shape, ("groups",))
         self.fault = "" if fault in CHOSEN else fault
 
     def on(self, fault):
@@ -119,7 +119,7 @@ class Mixer(mixer.Mixer):
             h += on("a call without a state begins elsewhere")
         h -= on("no gradient goes into the state that came in") * _slope(h)
         ids = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
-        u = layers.project("btd,dc->btc", x, self.w).astype(mixer.wide(x.dtype))
+        u = weights.project("btd,dc->btc", x, self.w).astype(mixer.wide(x.dtype))
         if segments is not None:
             u *= 1 + 0.1 * on("a row with segments is read otherwise")
         h, state = self._recur(u, ids, h, tail)
@@ -191,7 +191,7 @@ class Mixer(mixer.Mixer):
         if on("a call draws its own noise"):
             noise = lambda: np.float32(1e-5 * np.random.default_rng().normal())
             y += jax.pure_callback(noise, jax.ShapeDtypeStruct((), jnp.float32))
-        y = layers.project("btc,cd->btd", y.astype(x.dtype), self.o)
+        y = weights.project("btc,cd->btd", y.astype(x.dtype), self.o)
         return y.astype(jnp.float32) if on("the output has another dtype") else y
 
     def init_state(self, batch, capacity, dtype=jnp.float32):
@@ -221,7 +221,7 @@ class Encoder(mixer.Mixer):
     causal = False
 
     def __init__(self, fault, width, rngs):
-        self.w = layers.inward(rngs, width, (width,), ("channels",))
+        self.w = weights.inward(rngs, width, (width,), ("channels",))
         self.fault = fault
 
     def __call__(self, x, *, segments=None, state=None):
@@ -238,7 +238,7 @@ class Encoder(mixer.Mixer):
             same = jnp.tril(same)
         mean = same / jnp.maximum(same.sum(-1, keepdims=True), 1)
         mean = jnp.einsum("bts,bsd->btd", mean.astype(x.dtype), x)
-        return layers.project("btd,dc->btc", x + mean, self.w), ()
+        return weights.project("btd,dc->btc", x + mean, self.w), ()
 
     def init_state(self, batch, capacity, dtype=jnp.float32):
         raise ValueError("this encoder is bidirectional.")
