@@ -166,7 +166,7 @@ def _update_function(experiment: Experiment, graph, dims, byte_lengths):
     gradient = _gradient_function(graph, config.accumulation)
 
     def update(state: State, batch) -> tuple[State, dict]:
-        said, carry, grads = gradient(state.params, batch, state.carry)
+        metrics, carry, grads = gradient(state.params, batch, state.carry)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             if config.clip_norm:
@@ -177,14 +177,14 @@ def _update_function(experiment: Experiment, graph, dims, byte_lengths):
             params, average = optax.apply_updates(state.params, moves), state.average
             if config.ema:
                 average = averaged(config.ema, average, params, state.step)
-        finite = jnp.isfinite(said["loss"]) & jnp.isfinite(norm)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         params, moments, carry, average = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, moments, carry, average),
             (state.params, state.optimizer, state.carry, state.average),
         )
         metrics = {
-            **said,
+            **metrics,
             "grad_norm": norm,
             "finite": finite,
             "learning_rate": rate(state.step),
@@ -204,28 +204,28 @@ def _gradient_function(graph, parts: int):
         tokens = (batch["inputs"], batch["targets"], batch["weights"] / weight)
         old = jax.lax.stop_gradient(carry) if carry else None
         rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
-        total, said, carry = model.training_loss(*tokens, **rows, state=old)
-        return total, (said, carry)
+        total, metrics, carry = model.training_loss(*tokens, **rows, state=old)
+        return total, (metrics, carry)
 
     def gradient(params, batch, carry):
         weight = jnp.maximum(batch["weights"].sum(), 1.0)
         grad = jax.grad(mean_loss, has_aux=True)
         if parts == 1:
-            grads, (said, carry) = grad(params, batch, weight, carry)
-            return said, carry, grads
+            grads, (metrics, carry) = grad(params, batch, weight, carry)
+            return metrics, carry, grads
 
         # A microbatch adds its share of the mean; what layers say of it is a mean by itself.
         def add(total, part):
-            grads, (said, carry) = grad(params, part[0], weight / parts, part[1])
-            return jax.tree.map(lambda t, new: t + new / parts, total, (said, grads)), carry
+            grads, (metrics, carry) = grad(params, part[0], weight / parts, part[1])
+            return jax.tree.map(lambda t, new: t + new / parts, total, (metrics, grads)), carry
 
         batches = jax.tree.map(lambda x: _split_rows(x, parts), batch)
         carries = _over_rows(lambda x, axis: _split_rows(x, parts, axis), carry)
         one = jax.tree.map(lambda x: x[0], (batches, carries))
-        said = jax.eval_shape(mean_loss, params, one[0], weight, one[1])[1][0]
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (said, params))
-        (said, grads), carries = jax.lax.scan(add, zero, (batches, carries))
-        return said, _over_rows(_join_rows, carries), grads
+        metrics = jax.eval_shape(mean_loss, params, one[0], weight, one[1])[1][0]
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, params))
+        (metrics, grads), carries = jax.lax.scan(add, zero, (batches, carries))
+        return metrics, _over_rows(_join_rows, carries), grads
 
     return gradient
 

@@ -1,6 +1,6 @@
 """Block-sparse attention as TPU kernels: chosen blocks are copied where they lie, never gathered.
 
-Three kernels, each a walk along the steps of `visits` for every row and key head:
+Three kernels, each a walk along the steps of a schedule for every row and key head:
 
 - forward: a step brings a few chosen key blocks of one query block into VMEM and does one step of
   the online softmax on them together; the sums and the output stay in scratch until the query
@@ -33,8 +33,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import tpu
-from kernels.block_sparse_attention import lists, visits
+from kernels.block_sparse_attention import lists
 from kernels.block_sparse_attention import pallas_tpu_bodies as bodies
+from kernels.block_sparse_attention import pallas_tpu_schedule as schedule
 from kernels.block_sparse_attention.pallas_tpu_bodies import Plan, Walk
 from kernels.products import sum_type
 
@@ -61,7 +62,7 @@ def uncovered(
         )
     if single and plan.keys < LEAST_KEYS:
         return f"block {block} has no divisor from {LEAST_KEYS} to {COLUMNS}"
-    prepare = functools.partial(_visits, plan, single, block, query_block)
+    prepare = functools.partial(_schedules, plan, single, block, query_block)
     found = (
         prepare(indices) if isinstance(indices, np.ndarray) else jax.eval_shape(prepare, indices)
     )
@@ -94,7 +95,7 @@ def block_sparse_attention(
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     is_packed = segments is not None
     plan, single = _plan(q, k, indices, block, query_block, causal, window, scale, is_packed)
-    down, across, bits = _visits(plan, single, block, query_block, indices)
+    down, across, bits = _schedules(plan, single, block, query_block, indices)
     _, steps = np.unique(np.asarray(down.owner), return_counts=True)
     scalars = {"down": down.member, "owner": across.owner, "across": across.member, "bits": bits}
     return tpu.over_mesh(
@@ -136,7 +137,7 @@ def _divisor(size: int, most: int) -> int:
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
 
-def _visits(plan: Plan, single: bool, block: int, query_block: int, indices):
+def _schedules(plan: Plan, single: bool, block: int, query_block: int, indices):
     """(steps by query block, steps by key block, bits or None)."""
     xp, length = (np if isinstance(indices, np.ndarray) else jnp), plan.length
     rule = (plan.causal, plan.window)
@@ -153,7 +154,7 @@ def _visits(plan: Plan, single: bool, block: int, query_block: int, indices):
         chosen = xp.sort(chosen.reshape(*chosen.shape[:3], -1), axis=-1)
     else:
         rows = plan.queries // query_block
-        chosen, bits = visits.tile(chosen, plan.lists, rows, plan.keys // block, none)
+        chosen, bits = schedule.tile(chosen, plan.lists, rows, plan.keys // block, none)
         chosen = chosen[..., : rows * indices.shape[3]]
         bits = xp.repeat(bits, query_block, axis=4)
     none = math.ceil(length / plan.keys)
@@ -164,9 +165,9 @@ def _visits(plan: Plan, single: bool, block: int, query_block: int, indices):
     spans = np.arange(none)
     reached = plan.lists * ((first[:, None] <= spans) & (spans < end[:, None])).sum(0)
     most = min(MOST_BLOCKS, max(1, COLUMNS // plan.keys), chosen.shape[3])
-    down = visits.by_query(chosen, counts, most, none)
+    down = schedule.by_query(chosen, counts, most, none)
     most = min(MOST_BLOCKS, max(1, ROWS // plan.rows), chosen.shape[2])
-    return down, visits.by_key(chosen, counts, reached, most), bits
+    return down, schedule.by_key(chosen, counts, reached, most), bits
 
 
 def _divide(chosen, heads: int, parts: int, count: int):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.block_sparse_attention import visits
+from kernels.block_sparse_attention import pallas_tpu_schedule as schedule
 from kernels.products import precision, sum_type
 
 FAR = 1 << 30  # the position of a key that is not there
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     @property
     def words(self) -> int:
         """Words of bits of a key block."""
-        return math.ceil(self.keys // self.fine / visits.WORD) if self.fine else 0
+        return math.ceil(self.keys // self.fine / schedule.WORD) if self.fine else 0
 
 
 class Walk(NamedTuple):
@@ -254,8 +254,8 @@ def _has_bit(plan: Plan, words: list, size: tuple[int, int], axis: int):
     part = _iota(size, axis) // plan.fine
     word = jnp.broadcast_to(words[0], size)
     for w, other in enumerate(words[1:], 1):
-        word = jnp.where(part >= w * visits.WORD, jnp.broadcast_to(other, size), word)
-    return jax.lax.shift_right_logical(word, part % visits.WORD) & 1 == 1
+        word = jnp.where(part >= w * schedule.WORD, jnp.broadcast_to(other, size), word)
+    return jax.lax.shift_right_logical(word, part % schedule.WORD) & 1 == 1
 
 
 def _together(refs, axis: int = 0):

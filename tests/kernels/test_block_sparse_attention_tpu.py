@@ -12,8 +12,8 @@ from kernels.block_sparse_attention import (
     block_sparse_attention,
     lists,
     pallas_tpu,
-    visits,
 )
+from kernels.block_sparse_attention import pallas_tpu_schedule as schedule
 from tests.kernels.heads import (
     assert_same,
     draw,
@@ -34,7 +34,7 @@ def pairs_of(walk, unit, owner_is_query):
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("width", "causal"), [(3, True), (12, True), (4, False)])
-def test_visits_meet_every_pair_once(known, width, causal):
+def test_schedules_meet_every_pair_once(known, width, causal):
     """Also where lists of 12 could name every block, whose steps by key are then static."""
     count, blocks = 12, 12
     indices = random_lists(2, 3, count, width, blocks=blocks)
@@ -46,9 +46,9 @@ def test_visits_meet_every_pair_once(known, width, causal):
     counts = (chosen != blocks).sum(-1).max((0, 1)) if known else bound
     at = np.arange(blocks)
     reached = ((first[:, None] <= at) & (at < end[:, None])).sum(0)
-    down = visits.by_query(chosen, counts, 4, blocks)
-    across = visits.by_key(chosen, counts, reached, 4)
-    down, across = (visits.Visits(*(np.asarray(x) for x in walk)) for walk in (down, across))
+    down = schedule.by_query(chosen, counts, 4, blocks)
+    across = schedule.by_key(chosen, counts, reached, 4)
+    down, across = (schedule.Schedule(*(np.asarray(x) for x in walk)) for walk in (down, across))
     for unit in np.ndindex(2, 3):
         rows = [set(row.tolist()) for row in indices[unit]]
         expected = [(n, j) for n in range(count) for j in range(blocks)
@@ -65,7 +65,7 @@ def test_tiles_name_the_spans_and_bits_of_their_lists(known, span, blocks):
     given = indices if known else jnp.asarray(indices)
     every = np.zeros(14, np.int32), np.full(14, blocks, np.int32)
     chosen = lists.distinct(given, *every, blocks)
-    coarse, bits = (np.asarray(x) for x in visits.tile(chosen, 2, 3, span, blocks))
+    coarse, bits = (np.asarray(x) for x in schedule.tile(chosen, 2, 3, span, blocks))
     words = -(-span // 32)
     assert coarse.shape[2] == 6 and bits.shape == (1, 2, 6, -(-blocks // span) * words, 3)
     for g, head, n in np.ndindex(2, 2, 7):
@@ -121,7 +121,7 @@ def test_cost_estimates_of_the_tpu_kernels():
     q, k, v = draw(1, 64, 2, 1, 8, 24)
     indices = jnp.asarray(random_lists(1, 1, 4, 2, blocks=4))
     plan, single = pallas_tpu._plan(q, k, indices, 16, 16, True, 0, 1.0, False)
-    down, across, _ = pallas_tpu._visits(plan, single, 16, 16, indices)
+    down, across, _ = pallas_tpu._schedules(plan, single, 16, 16, indices)
     assert single and plan.rows == 32
 
     given = dict(q=q, k=k, v=v)

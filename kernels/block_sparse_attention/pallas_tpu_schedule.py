@@ -1,4 +1,4 @@
-"""In which order a kernel visits pairs of blocks: by query block, and by key block.
+"""The order in which a kernel visits pairs of blocks: by query block, and by key block.
 
 A pass takes one step after another along each row and key head. Every step belongs to one owner, a
 block of the kind whose results it adds to, and visits up to `each` members, blocks of the other
@@ -22,7 +22,7 @@ WORD = 32
 STEP = 2  # what a step costs beside its blocks, in blocks
 
 
-class Visits(NamedTuple):
+class Schedule(NamedTuple):
     """The steps of one pass for every list: axes 0 and 1 are the lists', or 1 where all agree."""
 
     owner: Array | np.ndarray  # (1 or C, 1 or L, steps)
@@ -37,7 +37,7 @@ class Visits(NamedTuple):
         return self.member.shape[2] // self.owner.shape[2]
 
 
-def by_query(chosen: LISTS, counts: np.ndarray, most: int, none: int) -> Visits:
+def by_query(chosen: LISTS, counts: np.ndarray, most: int, none: int) -> Schedule:
     """Owners are query blocks; `counts` (N,) bounds their lists, which hold `none` at the end."""
     each = _each(lambda n: int(np.maximum(1, -(-counts // n)).sum()), most)
     steps = np.maximum(1, -(-counts // each))
@@ -49,10 +49,10 @@ def by_query(chosen: LISTS, counts: np.ndarray, most: int, none: int) -> Visits:
     xp = _library(chosen)
     member = xp.take(chosen.reshape(*chosen.shape[:2], -1), place, axis=2)
     member = xp.where((entry < width).reshape(-1) & (member != none), member, -1)
-    return Visits(owner[None, None], member.astype(xp.int32))
+    return Schedule(owner[None, None], member.astype(xp.int32))
 
 
-def by_key(chosen: LISTS, counts: np.ndarray, reached: np.ndarray, most: int) -> Visits:
+def by_key(chosen: LISTS, counts: np.ndarray, reached: np.ndarray, most: int) -> Schedule:
     """Owners are key blocks, `reached` (J,) bounds how many lists name each; members are lists."""
     blocks, lists = len(reached), chosen.shape[2]
     named = _named(chosen, blocks)
@@ -66,9 +66,9 @@ def by_key(chosen: LISTS, counts: np.ndarray, reached: np.ndarray, most: int) ->
     if np.maximum(1, -(-reached // each)).sum() <= 1.25 * bound(each):
         entry = np.arange(int(reached.max()), dtype=np.int32)
         return by_query(_list_at(before, entry), reached, most, lists)
-    run = functools.partial(_visit_keys, steps=bound(each), each=each)
+    run = functools.partial(_keys_in_turn, steps=bound(each), each=each)
     owner, member = jax.vmap(jax.vmap(run))(before)
-    return Visits(owner, jnp.where(member < lists, member, -1))
+    return Schedule(owner, jnp.where(member < lists, member, -1))
 
 
 def _each(steps: Callable[[int], int], most: int) -> int:
@@ -95,7 +95,7 @@ def _list_at(before: Array, entry) -> Array:
     return jnp.sum(before[..., None, :] <= entry[:, None], axis=-1, dtype=jnp.int32)
 
 
-def _visit_keys(before: Int[Array, "J N"], *, steps: int, each: int) -> tuple[Array, Array]:
+def _keys_in_turn(before: Int[Array, "J N"], *, steps: int, each: int) -> tuple[Array, Array]:
     """(owner (S,), member (S x each,)): a block has the steps that the lists naming it need."""
     needed = jnp.maximum(1, -(-before[:, -1] // each))
     ends = jnp.cumsum(needed, dtype=jnp.int32)
