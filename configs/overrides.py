@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib
 import math
-import pkgutil
 import re
 import types
 import typing
@@ -156,12 +155,14 @@ def _metadata(tree: Any, key: str) -> Mapping[str, Any]:
     return next(field.metadata for field in dataclasses.fields(parent) if field.name == part)
 
 
+def files_of(folder: str) -> list[Path]:
+    """The files of a package of ours, by name; each defines a Config."""
+    return sorted(_ROOT.joinpath(*folder.split(".")).glob("[!_]*.py"))
+
+
 def _file(key: str, folder: str, text: str | None) -> str:
     """The name of a file of `folder`; ValueError with those there are."""
-    files = sorted(
-        info.name for info in pkgutil.iter_modules([str(_ROOT.joinpath(*folder.split(".")))])
-    )
-    word = _needed(key, text)
+    files, word = [file.stem for file in files_of(folder)], _needed(key, text)
     if word not in files:
         allowed = ", ".join(files)
         raise ValueError(f"{key}={_shown(text)} must be one of {allowed}{hint(word, files, 0)}.")

@@ -39,7 +39,7 @@ class Data:
 class Optimizer:
     """How gradients move weights: a rule and what all rules share; maps alone decay."""
 
-    rule: Any = dataclasses.field(  # a Config of a file in training/optimizers, by flag its name
+    rule: Any = dataclasses.field(  # a file of training/optimizers, its name by flag
         default_factory=adamw.Config, metadata={"folder": "training.optimizers"}
     )
     learning_rate: float = 3e-3  # the peak
@@ -50,10 +50,10 @@ class Optimizer:
     weight_decay: float = 0.1  # times the learning rate, each step; of maps of the stream
     clip_norm: float = 1.0  # largest norm of all gradients together; 0: off
     accumulation: int = 1  # microbatches summed before one update
-    ema: float = 0.0  # of a step's old average of weights, which is judged and sampled; 0: off
+    ema: float = 0.0  # share of the old that a mean of weights keeps; it is judged, sampled; 0: off
 
 
-RENAMED = {  # keys that flags also know
+RENAMED = {  # keys that a command line may use as well
     "optimizer.name": "optimizer.rule",
     "optimizer.b1": "optimizer.rule.b1",
     "optimizer.b2": "optimizer.rule.b2",

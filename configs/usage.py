@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs import schema
+from configs import overrides, schema
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "lm.py"  # read as text: importing it takes seconds
@@ -44,24 +44,33 @@ def _line(name: str, words: str) -> str:
 def config_files() -> Iterator[tuple[Path, str]]:
     """Every config file of the checkout, and the first line of its docstring."""
     for file in sorted((ROOT / "configs").rglob("*.py")):
-        source = file.read_text("utf-8")
-        if re.search(r"^def get_config\b", source, re.MULTILINE):
-            first = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-            yield file.relative_to(ROOT), first
+        if re.search(r"^def get_config\b", file.read_text("utf-8"), re.MULTILINE):
+            yield file.relative_to(ROOT), _first_line(file)
+
+
+def _first_line(file: Path) -> str:
+    """The first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def fields() -> Iterator[tuple[str, str]]:
-    """(KEY=DEFAULT, what it does) of every field of an experiment and of a language model."""
+    """(KEY=DEFAULT, what it does) of every field of an experiment and of a language model.
+
+    A field that takes the name of a file is followed by the fields of each of these files.
+    """
     classes = _classes(Path(inspect.getfile(schema)))
     yield from _fields("", "Experiment", classes)
     yield from _fields("model.", "Config", _classes(MODEL))
+    for file in overrides.files_of("training.optimizers"):
+        yield f"optimizer.rule={file.stem}", "the update rule: " + _first_line(file)
+        yield from _fields("optimizer.rule.", "Config", _classes(file))
 
 
 def _fields(prefix: str, name: str, classes: dict[str, list]) -> Iterator[tuple[str, str]]:
     for field, kind, default, words in classes[name]:
         if kind in classes:
             yield from _fields(f"{prefix}{field}.", kind, classes)
-        elif field != "model":
+        elif field not in ("model", "rule"):
             choices = re.fullmatch(r"Literal\[(.*)\]", kind)
             more = f"one of {choices[1]}".replace("'", "") if choices else ""
             yield f"{prefix}{field}={default}", "; ".join(filter(None, [words, more]))

@@ -194,6 +194,7 @@ def test_help_prints_the_docstring_and_the_options(monkeypatch, capsys, flag):
     assert not stop.value.code and out.startswith("Does one thing.\n")
     assert "--dry_run=false" in out and "--rounds=3" in out and "--config=FILE[:WORD]" in out
     assert "configs/quickstart.py" in out and "checkpoint.keep=3 " in out
+    assert "optimizer.rule=soap" in out and "optimizer.rule.every=10 " in out
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])

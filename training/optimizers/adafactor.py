@@ -22,16 +22,12 @@ from training import names
 
 @dataclasses.dataclass
 class Config:
-    """`power` sets how fast the memory grows; `clip` is the highest RMS of an update.
+    """Settings of Adafactor."""
 
-    `floor` above 0 multiplies each step by the RMS of its weight, at least `floor` (the paper's
-    eps_2, 1e-3).
-    """
-
-    power: float = 0.8
-    eps: float = 1e-30
-    clip: float = 1.0
-    floor: float = 0.0
+    power: float = 0.8  # of the count of updates: how fast the memory of squares grows
+    eps: float = 1e-30  # added to the squares
+    clip: float = 1.0  # highest RMS of an update
+    floor: float = 0.0  # above 0: steps are shares of a weight's RMS, or of this (eps_2, 1e-3)
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""

@@ -10,11 +10,11 @@ import dataclasses
 
 @dataclasses.dataclass
 class Config:
-    """b1 and b2 keep the means of gradients and of their squares."""
+    """Settings of AdamW."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # how much of the mean of gradients a step keeps
+    b2: float = 0.95  # the same of the mean of their squares
+    eps: float = 1e-8  # added to the root of the squares
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""

@@ -13,10 +13,10 @@ import optax
 
 @dataclasses.dataclass
 class Config:
-    """b1 weighs the mean of gradients against the new one in a step, b2 in the mean itself."""
+    """Settings of Lion."""
 
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: float = 0.9  # weight of the mean of gradients, against the new one, in a step
+    b2: float = 0.99  # the same in the mean itself
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""

@@ -22,12 +22,12 @@ RMS = 0.2  # of an update, before the rate
 
 @dataclasses.dataclass
 class Config:
-    """`momentum` is Muon's, b1 and b2 are AdamW's; eps keeps both from dividing by zero."""
+    """Settings of Muon, and of AdamW for the rest."""
 
-    momentum: float = 0.95
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    momentum: float = 0.95  # of matrices: how much of the mean of gradients a step keeps
+    b1: float = 0.9  # the same for AdamW's weights
+    b2: float = 0.95  # of the mean of squares of AdamW's weights
+    eps: float = 1e-8  # added to the norm of a matrix, and to the root of the squares
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""

@@ -15,11 +15,11 @@ import optax
 
 @dataclasses.dataclass
 class Config:
-    """b1 (above 0) is how near y is to the average, b2 keeps the mean of squares."""
+    """Settings of Schedule-Free AdamW."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # how near the weights that train are to the average, above 0
+    b2: float = 0.95  # how much of the mean of squares a step keeps
+    eps: float = 1e-8  # added to the root of the squares
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""

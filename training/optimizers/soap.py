@@ -25,13 +25,13 @@ from training import names
 
 @dataclasses.dataclass
 class Config:
-    """`every` is how many updates a basis serves; sides longer than `longest` stay unrotated."""
+    """Settings of SOAP."""
 
-    b1: float = 0.95
-    b2: float = 0.95
-    eps: float = 1e-8
-    every: int = 10
-    longest: int = 8192
+    b1: float = 0.95  # how much of the mean of gradients a step keeps
+    b2: float = 0.95  # the same of the mean of squares, and of the factors
+    eps: float = 1e-8  # added to the root of the squares
+    every: int = 10  # updates that a basis serves
+    longest: int = 8192  # a longer side of a matrix is not rotated
 
     def build(self, rate, decay, dims):
         """The transformation; see training/optimizers/__init__.py."""
