@@ -102,6 +102,12 @@ def check(experiment: Experiment) -> None:
             f"optimizer.accumulation={parts} does not divide data.batch={rows}. "
             f"Use {near}, or data.batch={more}."
         )
+    if experiment.optimizer.ema and hasattr(rule, "evaluated"):
+        name = type(rule).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"optimizer.ema={experiment.optimizer.ema} averages weights that {name} averages by "
+            "itself. Use optimizer.ema=0, or another optimizer.rule."
+        )
     if experiment.carry_state and experiment.data.layout != "stream":
         raise ValueError(
             f"carry_state=True needs data.layout='stream', not {experiment.data.layout!r}: only "

@@ -161,6 +161,10 @@ def test_the_table_is_as_long_as_promised():
             "optimizer.warmup_steps=900 and the final decay of 200 steps "
             "(optimizer.decay_fraction=0.2) are more than steps=1000. Use at most 800 warmup",
         ),
+        (
+            ["--config.optimizer.rule=schedule_free", "--config.optimizer.ema=0.9"],
+            "optimizer.ema=0.9 averages weights that schedule_free averages by itself. Use",
+        ),
         (["--config.steps=50"], "optimizer.warmup_steps=100 is more than steps=50. Use 0 to 50."),
         (
             ["--config.data.batch=6", "--config.optimizer.accumulation=8"],

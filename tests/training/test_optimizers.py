@@ -97,6 +97,25 @@ def test_adamw():
         equal(found, key, walk(key, moves, decay))
 
 
+def test_checkpoints_of_optax_fit():
+    """AdamW's and Muon's states have the names of optax's own, as those of earlier runs."""
+    matrix = optax.contrib.MuonDimensionNumbers((1,), (2, 3))
+    theirs = {
+        adamw: optax.adamw(lambda count: RATE),
+        muon: optax.contrib.muon(
+            lambda count: RATE, muon_weight_dimension_numbers={"map": matrix, "gain": None}
+        ),
+    }
+    for module, rule in theirs.items():
+        found = make_rule(Optimizer(rule=module.Config()), DIMS).init(START)
+        want = rule.init(START)
+        named = [
+            [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+            for state in (found, want)
+        ]
+        assert named[0] == named[1]
+
+
 def test_lion():
     found = ours(lion.Config(b1=0.6, b2=0.7))
     for key, decay in (("map", DECAY), ("gain", 0.0)):
