@@ -84,6 +84,12 @@ class Line(NamedTuple):
         return found[1] if found else ""
 
     @property
+    def number(self) -> int | None:
+        """Which parameter of its computation it is, if it is one."""
+        found = _INTEGER.match(self.rest) if self.operation == "parameter" else None
+        return int(found[1]) if found else None
+
+    @property
     def constant(self) -> int | None:
         """Its value, if it is an integer known when compiled."""
         found = _INTEGER.match(self.rest) if self.operation == "constant" else None
@@ -169,10 +175,10 @@ def trips(found: Computations, lines: Lines, loop: Line) -> int | None:
     if said := _TRIPS.search(loop.rest):
         return int(said[1])
     condition = found.get(loop.condition, {})
-    compared = [line for line in condition.values() if line.operation == "compare"]
-    if len(compared) != 1 or "direction=LT" not in compared[0].rest:
+    compared = [one for line in condition.values() for one in _compares(found, condition, line)]
+    if len(compared) != 1 or "direction=LT" not in compared[0][0].rest:
         return None
-    counter, limit = (_copied(condition, condition[name]) for name in compared[0].operands)
+    counter, limit = (_copied(condition, line) for line in compared[0][1])
     index = _INDEX.search(counter.rest)
     if limit.constant is None or counter.operation != "get-tuple-element" or not index:
         return None
@@ -180,6 +186,18 @@ def trips(found: Computations, lines: Lines, loop: Line) -> int | None:
     start = _value(lines, before, int(index[1]))
     begin = start.constant if start else None
     return max(0, math.ceil((limit.constant - (begin or 0)) / _step(found, loop, int(index[1]))))
+
+
+def _compares(found: Computations, lines: Lines, line: Line) -> Iterator[tuple[Line, list[Line]]]:
+    """A comparison, bare or within a fusion, and the lines that it compares."""
+    if line.operation == "compare":
+        yield line, [lines[name] for name in line.operands]
+    for inside in (found[name] for name in line.fused):
+        for one in inside.values():
+            for compare, operands in _compares(found, inside, one):
+                given = (None if x.number is None else line.operands[x.number] for x in operands)
+                pairs = zip(given, operands, strict=True)
+                yield compare, [x if name is None else lines[name] for name, x in pairs]
 
 
 def _step(found: Computations, loop: Line, index: int) -> int:

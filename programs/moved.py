@@ -144,11 +144,7 @@ def _fusion(found: Computations, lines: Lines, line: Line) -> int:
 
 def _loaded(found: Computations, inside: Lines, number: int) -> int:
     """Bytes that a fusion reads of its operand: all, or what it slices out of it."""
-    start, parameter = next(
-        (name, line)
-        for name, line in inside.items()
-        if line.operation == "parameter" and int(line.rest.split(")")[0]) == number
-    )
+    start, parameter = next((name, line) for name, line in inside.items() if line.number == number)
     names, count = [start], 0
     while names:
         name = names.pop()
