@@ -88,6 +88,27 @@ def scan(body: Callable, chunk: int, carry: PyTree, inputs: PyTree, fixed: PyTre
     return _scan(body, chunk, *vary.together((carry, inputs, fixed)))
 
 
+def scan_by_groups(
+    body: Callable, chunk: int, groups: int, s_BHKV: Array, inputs: PyTree, fixed: PyTree
+) -> tuple[Array, Array]:
+    """`scan` of a body whose state is (B, G, K, H/G, V): the heads of a group side by side."""
+    batch, heads, key_dim, value_dim = s_BHKV.shape
+    s_BGRKV = s_BHKV.reshape(batch, groups, heads // groups, key_dim, value_dim)
+    s_BGKRV, out = scan(body, chunk, jnp.swapaxes(s_BGRKV, 2, 3), inputs, fixed)
+    return jnp.swapaxes(s_BGKRV, 2, 3).reshape(s_BHKV.shape), out
+
+
+def one_token(
+    o_BHV: Array, after_BHKV: Array, segments: Array | None, before_BHKV: Array, dtype
+) -> tuple[Array, Array]:
+    """(output (B, 1, H, V), state) of a single token; padding leaves the state as it was."""
+    if segments is not None:
+        real = packed.is_real(segments)[..., None]
+        after_BHKV = jnp.where(real[..., None], after_BHKV, before_BHKV)
+        o_BHV = jnp.where(real, o_BHV, 0)
+    return o_BHV[:, None].astype(dtype), after_BHKV
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(body, chunk, carry, inputs, fixed):
     result, _ = _forward(body, chunk, carry, inputs, fixed, save=False)

@@ -70,13 +70,13 @@ def compile_for(mesh: Mesh, subject: Subject, impl: str) -> tuple[Any, Any]:
     free, fixed = subject.parts()
     run = both_passes(subject.call(impl))
     arguments = dict(free=free, fixed=fixed, slopes=subject.outputs())
-    ways = mesh.shape["data"]
+    ways = mesh.shape[topology.ROWS]
 
     def place(x):
-        rows = P("data") if x.ndim > 1 and x.shape[0] % ways == 0 else P()
+        rows = P(topology.ROWS) if x.ndim > 1 and x.shape[0] % ways == 0 else P()
         return Format(Layout.AUTO, NamedSharding(mesh, rows))
 
-    with jax.set_mesh(mesh), setting.layout(batch=("data",), heads=("tensor",)):
+    with jax.set_mesh(mesh), setting.layout(batch=(topology.ROWS,), heads=(topology.HEADS,)):
         traced = jax.jit(
             lambda given: run(**given),
             in_shardings=(jax.tree.map(place, arguments),),

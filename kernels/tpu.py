@@ -139,6 +139,12 @@ def _depends_on_lists(index_map, grid, lists) -> bool:
     return any(v in used for v in traced.jaxpr.invars[len(grid) :])
 
 
+def unflatten(structure: Any, refs: Sequence) -> tuple[Any, list]:
+    """(the arguments of a launch as the tree that they were, the refs that follow them)."""
+    count = structure.num_leaves
+    return jax.tree.unflatten(structure, refs[:count]), list(refs[count:])
+
+
 def whole_lanes(width: int) -> int:
     """The lanes that a row of this width takes in VMEM."""
     return -(-width // LANE) * LANE

@@ -13,6 +13,7 @@ HOSTS = {  # four chips, or four pairs of cores, by generation
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
+AXES = ROWS, HEADS = "data", "tensor"  # of the meshes here: what is split over them
 # Without these libtpu looks for a machine's metadata server, prints and locks.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -43,4 +44,4 @@ def host(generation: str) -> Mesh:
 
 
 def _mesh(chips: np.ndarray) -> Mesh:
-    return Mesh(chips, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(chips, AXES, axis_types=(AxisType.Auto,) * 2)

@@ -374,7 +374,7 @@ def environment(folder: Path, config: dict) -> None:
         "devices": jax.device_count(),
         "processes": jax.process_count(),
     }
-    for name, content in (("environment", facts), ("config", config)):
+    for name, content in (("config", config), ("environment", facts)):
         write_atomic(Path(folder) / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
 
 

@@ -164,14 +164,14 @@ def train(
 
 def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Result:
     experiment, trainer = plan.experiment, plan.trainer
-    state, start, remarks = _resume(plan, log, checkpoints)
+    state, start, tokens, remarks = _resume(plan, log, checkpoints)
     trace = tracing.Trace(profile, log.folder, start, experiment.steps)
     with log.phase("compile"):
         program = compile_step(plan)
     log.begin(describe(plan, start, program), start, schema.to_dict(experiment))
     for line in remarks:
         log.line(line)
-    meter, score = _Meter(experiment, log), math.nan
+    meter, score = _Meter(experiment, log, start, tokens), math.nan
     with contextlib.ExitStack() as stack:
         watchdog = guards.Watchdog(experiment.guards.hang_timeout_s, log.folder)
         stack.enter_context(watchdog)
@@ -199,7 +199,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
                 log.record(step, {"validation_bits_per_byte": score} | meter.position(step))
             if save:
                 with log.phase("save"):
-                    meta = _meta(plan, step, score if judge else math.nan)
+                    meta = _meta(plan, score if judge else math.nan) | meter.position(step)
                     checkpoints.save(step, fitted(state, trainer.stored), meta)
             if last:
                 break
@@ -221,7 +221,8 @@ def _due(every: int, step: int) -> bool:
 class _Meter:
     """Waits for a finished step, checks and records it, and keeps the rate of steady steps."""
 
-    def __init__(self, experiment: schema.Experiment, log: Log):
+    def __init__(self, experiment: schema.Experiment, log: Log, start: int, tokens: int):
+        self.start, self.tokens = start, tokens  # the step resumed from, and tokens up to there
         self.log, self.every = log, experiment.log_every
         self.bad = guards.BadSteps(experiment.guards.max_bad_steps)
         self.tokens_per_step = experiment.data.batch * experiment.data.length
@@ -242,7 +243,7 @@ class _Meter:
 
     def position(self, step: int) -> dict[str, float]:
         """Tokens read up to `step`, over all runs of this workdir."""
-        return {"tokens": step * self.tokens_per_step}
+        return {"tokens": self.tokens + (step - self.start) * self.tokens_per_step}
 
     def finish(self) -> None:
         """Wait for the pending step; check it, and write it where it is due."""
@@ -260,8 +261,8 @@ class _Meter:
             self.log.record(step, metrics | more | self.position(step))
 
 
-def _resume(plan: Plan, log: Log, checkpoints: Checkpoints) -> tuple[State, int, list[str]]:
-    """The newest good state, its step, and what to say of it; or a fresh one.
+def _resume(plan: Plan, log: Log, checkpoints: Checkpoints) -> tuple[State, int, int, list[str]]:
+    """The newest good state, its step, the tokens read so far, and remarks; or a fresh one.
 
     ValueError where the checkpoint is of another model, tokenizer or corpus.
     """
@@ -279,9 +280,10 @@ def _resume(plan: Plan, log: Log, checkpoints: Checkpoints) -> tuple[State, int,
         restored = checkpoints.restore(shapes)
         if restored is not None:
             state = layout.relaid(restored.tree, former[0], trainer.stored, experiment.model)
-            return fitted(state, trainer.abstract), int(restored.meta["step"]), remarks
+            start, tokens = runs.position(log.folder, restored.meta, experiment.data)
+            return fitted(state, trainer.abstract), start, tokens, remarks
     with log.phase("initialization"):
-        return jax.block_until_ready(trainer.init()), 0, remarks
+        return jax.block_until_ready(trainer.init()), 0, 0, remarks
 
 
 def stored_in(plan: Plan, model: lm.Config) -> State:
@@ -291,9 +293,9 @@ def stored_in(plan: Plan, model: lm.Config) -> State:
     return _trainer(dataclasses.replace(plan.experiment, model=model), plan.mesh).stored
 
 
-def _meta(plan: Plan, step: int, score: float) -> dict:
+def _meta(plan: Plan, score: float) -> dict:
     described = runs.describe(plan.experiment, plan.train.tokenizer, plan.train.fingerprint)
-    return {"step": step, "metric": score, **described}
+    return {"metric": score, **described}
 
 
 def evaluate(plan: Plan, params, batches: int, beat: Callable[[], None] = lambda: None) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from configs import schema
-from configs.schema import Change, Experiment
+from configs.schema import Change, Data, Experiment
 from data.tokenizers import Tokenizer, open_tokenizer
 from models import lm
 from parallel.mesh import make_mesh
@@ -55,11 +55,19 @@ class Run:
     model: lm.LM
     step: int
     folder: Path
+    meta: dict = dataclasses.field(repr=False)  # of the checkpoint
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its tokens."""
-        return open_tokenizer(self.experiment.data.tokenizer)
+        """The tokenizer of its tokens; ValueError if the file has changed since."""
+        spec = self.experiment.data.tokenizer
+        found = open_tokenizer(spec)
+        if self.meta.get("tokenizer", found.fingerprint) != found.fingerprint:
+            raise ValueError(
+                f"data.tokenizer={spec} is not the one that {self.folder} was trained with: its "
+                "contents have changed. Put the old file back."
+            )
+        return found
 
 
 def load(workdir: str | Path) -> Run:
@@ -83,7 +91,8 @@ def load(workdir: str | Path) -> Run:
     trainer = read["trainer"]
     params = trainer.weights(trainer.stored._replace(**restored.tree))
     model = nnx.merge(trainer.graph, params)
-    return Run(read["experiment"], model, int(restored.meta["step"]), folder)
+    meta = restored.meta
+    return Run(read["experiment"], model, int(meta["step"]), folder, meta)
 
 
 def experiment_of(folder: Path, meta: dict | None = None) -> Experiment:
@@ -184,6 +193,14 @@ def refuse_reuse(folder: Path, meta: dict, wrong: list[Change]) -> None:
             f"the checkpoint of step {meta['step']} in {folder} was written with "
             f"{'; '.join(map(str, wrong))}. Use another --workdir or the old config."
         )
+
+
+def position(folder: Path, meta: dict, data: Data) -> tuple[int, int]:
+    """Step of a checkpoint, and the tokens read up to there, whatever the sizes of batches were."""
+    step, old = int(meta["step"]), stored(folder, meta)
+    sizes = old["data"] if old else {}
+    size = sizes.get("batch", data.batch) * sizes.get("length", data.length)
+    return step, int(meta.get("tokens", step * size))
 
 
 def former_layout(folder: Path, meta: dict, model: lm.Config) -> lm.Config:

@@ -21,18 +21,8 @@ def attention(
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """softmax(scale q k^T) v over the keys of the query's document."""
-    batch, length = q.shape[:2]
-    time = jnp.arange(length)
-    distance_BTS = jnp.broadcast_to(time[:, None] - time, (batch, length, length))
-    visible_BTS = jnp.ones_like(distance_BTS, bool)
-    if causal:
-        visible_BTS &= distance_BTS >= 0
-    if window:
-        visible_BTS &= distance_BTS < window
-    if segments is not None:
-        document, real = packed.ordinals(segments), packed.is_real(segments)
-        visible_BTS &= document[:, :, None] == document[:, None, :]
-        visible_BTS &= real[:, :, None] & real[:, None, :]
+    time = jnp.arange(q.shape[1])
+    seen_BTS = seen_in_row(q.shape[1], causal, window, segments)
     bias_BHTS = None
     if log_forget is not None:
         gate_BTH = log_forget.astype(sum_type(q, k, v))
@@ -40,7 +30,7 @@ def attention(
             gate_BTH = jnp.where(packed.is_real(segments)[..., None], gate_BTH, 0)
         gate_BHT1 = gate_BTH.swapaxes(1, 2)[..., None]
         bias_BHTS = jnp.cumsum(jnp.where(time[:, None] > time, gate_BHT1, 0), axis=2)
-    return _softmax_attention(q, k, v, visible_BTS, scale, softcap, sinks, bias_BHTS)
+    return softmax_attention(q, k, v, seen_BTS[:, None], scale, softcap, sinks, bias_BHTS)
 
 
 def cached_attention(
@@ -60,30 +50,60 @@ def cached_attention(
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """softmax(scale q k^T) v over the filled slots up to the query's position."""
-    distance_BTS = positions[:, :, None] - kv_positions[:, None, :]
-    visible_BTS = (kv_positions[:, None, :] >= 0) & (distance_BTS >= 0)
-    if window:
-        visible_BTS &= distance_BTS < window
-    if segments is not None and kv_segments is not None:
-        visible_BTS &= segments[:, :, None] == kv_segments[:, None, :]
-        visible_BTS &= segments[:, :, None] != 0
+    seen_BTS = seen_in_slots(positions, kv_positions, window, segments, kv_segments)
     bias_BHTS = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), sum_type(q, k, v))
     if bias_q is not None:
         bias_BHTS += bias_q.swapaxes(1, 2)[..., None]
     if bias_k is not None:
         bias_BHTS += bias_k.swapaxes(1, 2)[:, :, None]
-    return _softmax_attention(q, k, v, visible_BTS, scale, softcap, sinks, bias_BHTS)
+    return softmax_attention(q, k, v, seen_BTS[:, None], scale, softcap, sinks, bias_BHTS)
 
 
-def _softmax_attention(
+def seen_in_row(
+    length: int, causal: bool, window: int, segments: Int[Array, "B T"] | None
+) -> Bool[Array, "#B T S"]:
+    """Which keys of its row a query may see."""
+    time = jnp.arange(length)
+    distance_TS = time[:, None] - time
+    seen_BTS = jnp.ones((1, length, length), bool)
+    if causal:
+        seen_BTS &= distance_TS >= 0
+    if window:
+        seen_BTS &= distance_TS < window
+    if segments is not None:
+        document, real = packed.ordinals(segments), packed.is_real(segments)
+        seen_BTS &= document[:, :, None] == document[:, None, :]
+        seen_BTS &= real[:, :, None] & real[:, None, :]
+    return seen_BTS
+
+
+def seen_in_slots(
+    positions: Int[Array, "B T"],
+    kv_positions: Int[Array, "B S"],
+    window: int,
+    segments: Int[Array, "B T"] | None,
+    kv_segments: Int[Array, "B S"] | None,
+) -> Bool[Array, "B T S"]:
+    """Which slots of a cache a query may see: filled ones up to its own position."""
+    distance_BTS = positions[:, :, None] - kv_positions[:, None, :]
+    seen_BTS = (kv_positions[:, None, :] >= 0) & (distance_BTS >= 0)
+    if window:
+        seen_BTS &= distance_BTS < window
+    if segments is not None and kv_segments is not None:
+        seen_BTS &= segments[:, :, None] == kv_segments[:, None, :]
+        seen_BTS &= segments[:, :, None] != 0
+    return seen_BTS
+
+
+def softmax_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    visible_BTS: Bool[Array, "B T S"],
+    seen: Bool[Array, "#B #H T S"],
     scale: float | None,
-    softcap: float,
-    sinks: Float[Array, " H"] | None,
-    bias_BHTS: Float[Array, "B H T S"] | None,
+    softcap: float = 0.0,
+    sinks: Float[Array, " H"] | None = None,
+    bias_BHTS: Float[Array, "B H T S"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """The formula with the key heads repeated; a row that sees nothing is zero."""
     wide = sum_type(q, k, v)
@@ -96,15 +116,15 @@ def _softmax_attention(
         s_BHTS = softcap * jnp.tanh(s_BHTS / softcap)
     if bias_BHTS is not None:
         s_BHTS += bias_BHTS
-    visible_BHTS = jnp.broadcast_to(visible_BTS[:, None], s_BHTS.shape)
+    seen_BHTS = jnp.broadcast_to(seen, s_BHTS.shape)
     if sinks is not None:  # one more key, seen by every query, whose value is zero
         sink_BHT1 = jnp.broadcast_to(sinks[:, None, None], (*s_BHTS.shape[:3], 1))
         s_BHTS = jnp.concatenate([s_BHTS, sink_BHT1], axis=-1)
-        visible_BHTS = jnp.pad(visible_BHTS, ((0, 0),) * 3 + ((0, 1),), constant_values=True)
+        seen_BHTS = jnp.pad(seen_BHTS, ((0, 0),) * 3 + ((0, 1),), constant_values=True)
         v_BSHV = jnp.pad(v_BSHV, ((0, 0), (0, 1), (0, 0), (0, 0)))
     # A finite stand-in for -inf: rows without a visible key must not make NaN gradients.
-    s_BHTS = jnp.where(visible_BHTS, s_BHTS, jnp.finfo(wide).min)
-    p_BHTS = jnp.where(visible_BHTS, jnp.exp(s_BHTS - s_BHTS.max(-1, keepdims=True)), 0)
+    s_BHTS = jnp.where(seen_BHTS, s_BHTS, jnp.finfo(wide).min)
+    p_BHTS = jnp.where(seen_BHTS, jnp.exp(s_BHTS - s_BHTS.max(-1, keepdims=True)), 0)
     sum_BHT1 = p_BHTS.sum(-1, keepdims=True)
     p_BHTS /= jnp.where(sum_BHT1 > 0, sum_BHT1, 1)
     return jnp.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV).astype(v.dtype)

@@ -1,10 +1,9 @@
 """The (gated) delta rule and `dplr` as the papers write them: one step a token."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import segments as packed
+from kernels import reference
 from kernels.products import sum_type
 
 
@@ -20,44 +19,28 @@ def delta_rule(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The recurrence of `kernels.delta_rule`, one `lax.scan` over time."""
-    accumulator = sum_type(v)
+    wide = sum_type(v)
     batch, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     scale = float(key_dim**-0.5 if scale is None else scale)
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), accumulator)
     if log_decay is None:
-        log_decay = jnp.zeros((batch, length, heads), accumulator)
+        log_decay = jnp.zeros((batch, length, heads), wide)
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 
-    def step(s_BHKV, inputs):
-        q_BHK, k_BHK, v_BHV, beta_BH, g_BHK, real, start = inputs
-        before_BHKV = jnp.where(start[:, None, None, None], 0, s_BHKV)
-        decayed_BHKV = jnp.exp(g_BHK)[..., None] * before_BHKV
+    def step(s_BHKV, token):
+        q_BHK, k_BHK, v_BHV, beta_BH, g_BHK = token
+        decayed_BHKV = jnp.exp(g_BHK)[..., None] * s_BHKV
         recalled_BHV = jnp.einsum("bhk,bhkv->bhv", k_BHK, decayed_BHKV)
         written_BHV = beta_BH[..., None] * (v_BHV - recalled_BHV)
         after_BHKV = decayed_BHKV + jnp.einsum("bhk,bhv->bhkv", k_BHK, written_BHV)
-        o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
-        real = real[:, None, None]
-        return jnp.where(real[..., None], after_BHKV, s_BHKV), jnp.where(real, o_BHV, 0)
+        return after_BHKV, scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
 
-    def per_step(x_BTxx, repeats=1):
-        return jnp.moveaxis(jnp.repeat(x_BTxx, repeats, axis=2).astype(accumulator), 1, 0)
-
-    inputs = (
-        per_step(q, heads // groups),
-        per_step(k, heads // groups),
-        per_step(v),
-        per_step(beta),
-        per_step(log_decay),
-        packed.is_real(segments).T,
-        packed.starts(segments).T,
-    )
-    final_state, o_TBHV = jax.lax.scan(step, initial_state.astype(accumulator), inputs)
-    return jnp.moveaxis(o_TBHV, 0, 1).astype(v.dtype), final_state
+    q, k = (jnp.repeat(x, heads // groups, axis=2) for x in (q, k))
+    initial = reference.first_state(initial_state, (batch, heads, key_dim, value_dim), wide)
+    inputs = (q, k, v, beta, log_decay)
+    o_BTHV, final_state = reference.over_time(step, initial, inputs, segments)
+    return o_BTHV.astype(v.dtype), final_state
 
 
 def dplr(
@@ -73,27 +56,19 @@ def dplr(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The recurrence of `kernels.delta_rule.dplr`, one `lax.scan` over time."""
-    accumulator = sum_type(v)
-    batch, length, heads, key_dim = q.shape
+    batch, _, heads, key_dim = q.shape
     scale = float(key_dim**-0.5 if scale is None else scale)
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[3]), accumulator)
 
-    def step(s_BHKV, inputs):
-        q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, g_BHK, real, start = inputs
-        before_BHKV = jnp.where(start[:, None, None, None], 0, s_BHKV)
-        recalled_BHV = jnp.einsum("bhk,bhkv->bhv", a_BHK, before_BHKV)
-        after_BHKV = jnp.exp(g_BHK)[..., None] * before_BHKV
+    def step(s_BHKV, token):
+        q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, g_BHK = token
+        recalled_BHV = jnp.einsum("bhk,bhkv->bhv", a_BHK, s_BHKV)
+        after_BHKV = jnp.exp(g_BHK)[..., None] * s_BHKV
         after_BHKV += jnp.einsum("bhk,bhv->bhkv", b_BHK, recalled_BHV)
         after_BHKV += jnp.einsum("bhk,bhv->bhkv", k_BHK, v_BHV)
-        o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
-        real = real[:, None, None]
-        return jnp.where(real[..., None], after_BHKV, s_BHKV), jnp.where(real, o_BHV, 0)
+        return after_BHKV, scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
 
-    given = (q, k, v, a, b, log_decay)
-    inputs = tuple(jnp.moveaxis(x_BTHX.astype(accumulator), 1, 0) for x_BTHX in given)
-    inputs += (packed.is_real(segments).T, packed.starts(segments).T)
-    final_state, o_TBHV = jax.lax.scan(step, initial_state.astype(accumulator), inputs)
-    return jnp.moveaxis(o_TBHV, 0, 1).astype(v.dtype), final_state
+    shape = (batch, heads, key_dim, v.shape[3])
+    initial = reference.first_state(initial_state, shape, sum_type(v))
+    inputs = (q, k, v, a, b, log_decay)
+    o_BTHV, final_state = reference.over_time(step, initial, inputs, segments)
+    return o_BTHV.astype(v.dtype), final_state

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks
-from kernels import segments as packed
 from kernels.delta_rule.low_rank import low_rank_chunk
 from kernels.delta_rule.scalar_gate import scalar_chunk
 from kernels.delta_rule.vector_gate import vector_chunk
@@ -49,10 +48,8 @@ def delta_rule(
         body = functools.partial(vector_chunk, scale)
         s_BHKV, out = chunks.scan(body, chunk, s_BHKV, inputs, within)
     else:
-        s_BGRKV = s_BHKV.reshape(batch, groups, heads // groups, key_dim, value_dim)
         body = functools.partial(scalar_chunk, scale)
-        s_BGKRV, out = chunks.scan(body, chunk, jnp.swapaxes(s_BGRKV, 2, 3), inputs, within)
-        s_BHKV = jnp.swapaxes(s_BGKRV, 2, 3).reshape(s_BHKV.shape)
+        s_BHKV, out = chunks.scan_by_groups(body, chunk, groups, s_BHKV, inputs, within)
     return out[:, :length], s_BHKV
 
 
@@ -72,7 +69,7 @@ def _one_token(q, k, v, beta, log_decay, segments, s_BHKV, scale):
     u_BHV = beta_BH1 * (v_BHV - recalled_BHV)
     after_BHKV = decayed_BHKV + k_BHK[..., None] * u_BHV[..., None, :]
     o_BHV = jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
-    return _one_token_out(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)
+    return chunks.one_token(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)
 
 
 def dplr(
@@ -112,13 +109,4 @@ def _one_token_dplr(q, k, v, a, b, log_decay, segments, s_BHKV, scale):
     after_BHKV = jnp.exp(g_BHK)[..., None] * s_BHKV
     after_BHKV += b_BHK[..., None] * r_BHV[..., None, :] + k_BHK[..., None] * v_BHV[..., None, :]
     o_BHV = scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, after_BHKV)
-    return _one_token_out(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)
-
-
-def _one_token_out(o_BHV, after_BHKV, segments, before_BHKV, dtype):
-    """(output, state) of one token, which leaves the state alone where it is padding."""
-    if segments is not None:
-        real = packed.is_real(segments)[..., None]
-        after_BHKV = jnp.where(real[..., None], after_BHKV, before_BHKV)
-        o_BHV = jnp.where(real, o_BHV, 0)
-    return o_BHV[:, None].astype(dtype), after_BHKV
+    return chunks.one_token(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)

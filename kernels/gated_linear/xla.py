@@ -61,16 +61,14 @@ def own_token(q, k, v, bonus, segments, scale):
 
 def _by_chunks(inputs, segments, s_BHKV, scale, lag):
     q, _, v, log_decay = inputs
-    batch, length, groups, key_dim = q.shape
+    _, length, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     chunk = chunks.length_for(length, _longest(length, heads // groups * key_dim * value_dim))
     inputs = chunks.pad(inputs, chunk)
     within = chunks.boundaries(chunks.pad(segments, chunk), chunk)
     if log_decay.ndim == 3:
-        s_BGRKV = s_BHKV.reshape(batch, groups, heads // groups, key_dim, value_dim)
         body = functools.partial(scalar_chunk, scale, lag)
-        s_BGKRV, out = chunks.scan(body, chunk, jnp.swapaxes(s_BGRKV, 2, 3), inputs, within)
-        s_BHKV = jnp.swapaxes(s_BGKRV, 2, 3).reshape(s_BHKV.shape)
+        s_BHKV, out = chunks.scan_by_groups(body, chunk, groups, s_BHKV, inputs, within)
     else:
         body = functools.partial(vector_chunk, scale, lag)
         s_BHKV, out = chunks.scan(body, chunk, s_BHKV, inputs, within)
@@ -93,8 +91,4 @@ def _one_token(q, k, v, log_decay, segments, s_BHKV, scale, lag):
     decay = decay[..., None] if decay.ndim == 3 else decay[..., None, None]
     after_BHKV = decay * s_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
     o_BHV = jnp.einsum("bhk,bhkv->bhv", q_BHK, s_BHKV if lag else after_BHKV)
-    if segments is not None:
-        real = packed.is_real(segments)[..., None]
-        after_BHKV = jnp.where(real[..., None], after_BHKV, s_BHKV)
-        o_BHV = jnp.where(real, o_BHV, 0)
-    return o_BHV[:, None].astype(v.dtype), after_BHKV
+    return chunks.one_token(o_BHV, after_BHKV, segments, s_BHKV, v.dtype)

@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels import segments as packed
 from kernels import setting, tpu
 from kernels.linear_scan.rotation import (
     Factor,
@@ -32,13 +31,12 @@ from kernels.linear_scan.rotation import (
     times,
     two_parts,
 )
+from kernels.pallas_tpu_marks import PADDING, of_tokens, turned
 from kernels.products import sum_type
 
 Number = tuple[Any, ...]
 # Rows of a register, rows that are loaded together (a register of bfloat16), lanes of a block.
 TILE, ROWS, LANES, LONGEST = 8, 16, 512, 256
-# Marks of tokens that do not simply go on.
-START, PADDING = 1, 2
 
 
 class Form(NamedTuple):
@@ -131,9 +129,7 @@ def _on_device(kind, x, gates, segments, initial_state):
     form = Form(kind, length, chunk_length(length), segments is not None)
     marks = None
     if segments is not None:
-        start, real = packed.starts(segments), packed.is_real(segments)
-        marks = jnp.where(start, START, jnp.where(real, 0, PADDING)).astype(jnp.int32)
-        marks = jnp.pad(marks, ((0, 0), (0, -length % form.chunk)))
+        marks = jnp.pad(of_tokens(segments), ((0, 0), (0, -length % form.chunk)))
         marks = marks.reshape(batch, -1, 1, form.chunk)
     accumulator = sum_type(x[0])
     return _walk(form, Laid(marks, x, gates, initial_state.astype(accumulator)))
@@ -261,10 +257,10 @@ class Group(NamedTuple):
 
 
 def _forward_body(form, structure, *refs):
-    laid, refs = _unflatten(structure, refs)
+    laid, refs = tpu.unflatten(structure, refs)
     parts = len(laid.x)
     h, state, (*rest,) = refs[:parts], refs[parts], refs[parts + 1 :]
-    marks = _turn_marks(form, laid, rest)
+    marks = turned(laid.marks, rest)
     block = pl.program_id(2)
 
     @pl.when(block == 0)
@@ -285,11 +281,11 @@ def _forward_body(form, structure, *refs):
 
 def _backward_body(form, structure, *refs):
     """With l the slopes of h, w_t = conj(factor_t) l_t arrives at t - 1: l_t = dh_t + w_{t+1}."""
-    laid, refs = _unflatten(structure, refs)
+    laid, refs = tpu.unflatten(structure, refs)
     parts, gates = len(laid.x), 1 if form.kind == "real" else 2
     dh, dfinal, dx = refs[:parts], refs[parts], refs[parts + 1 : 2 * parts + 1]
     dgates, dstate, before, *rest = refs[2 * parts + 1 :][:gates], *refs[2 * parts + 1 + gates :]
-    marks = _turn_marks(form, laid, rest)
+    marks = turned(laid.marks, rest)
     groups = form.chunk // ROWS
     block = pl.num_programs(2) - 1 - pl.program_id(2)
     read = functools.partial(_group, form, laid, marks, block)
@@ -324,20 +320,6 @@ def _backward_body(form, structure, *refs):
         return carry
 
     _keep(dstate, jax.lax.fori_loop(0, groups, group, _parts(dstate)))
-
-
-def _unflatten(structure, refs):
-    count = structure.num_leaves
-    return jax.tree.unflatten(structure, refs[:count]), refs[count:]
-
-
-def _turn_marks(form, laid, rest):
-    """Marks from lanes to rows, into the last of the refs in `rest`, which is taken off."""
-    if not form.packed:
-        return None
-    marks = rest.pop()
-    marks[...] = laid.marks[...].T
-    return marks
 
 
 def _rows(i):

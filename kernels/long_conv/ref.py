@@ -1,10 +1,9 @@
 """The long convolution as its equation reads: one token at a time, carrying the tail."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import segments as packed
+from kernels import reference
 from kernels.products import sum_type
 
 
@@ -17,31 +16,19 @@ def long_conv(
     initial_state: Float[Array, "B L-1 D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B L-1 D"]]:
     """The sum of `kernels.long_conv`, one `lax.scan` over time."""
-    accumulator = sum_type(x)
-    batch, length, channels = x.shape
-    taps_LD = filters.astype(accumulator)[::-1]  # oldest input first, as in the window
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, filters.shape[0] - 1, channels), x.dtype)
+    wide = sum_type(x)
+    batch, _, channels = x.shape
+    taps_LD = filters.astype(wide)[::-1]  # oldest input first, as in the window
 
-    real_BT = packed.is_real(segments)
-
-    def step(tail_BVD, inputs):
-        x_BD, real, start = inputs
-        before_BVD = jnp.where(start[:, None, None], 0, tail_BVD)
-        window_BLD = jnp.concatenate([before_BVD, x_BD[:, None]], axis=1)
+    def step(tail_BVD, token):
+        (x_BD,) = token
+        window_BLD = jnp.concatenate([tail_BVD, x_BD[:, None]], axis=1)
         y_BD = jnp.sum(taps_LD * window_BLD, axis=1)
         if skip is not None:
-            y_BD = y_BD + skip.astype(accumulator) * x_BD
-        kept_BVD = jnp.where(real[:, None, None], window_BLD[:, 1:], tail_BVD)
-        return kept_BVD, jnp.where(real[:, None], y_BD, 0)
+            y_BD = y_BD + skip.astype(wide) * x_BD
+        return window_BLD[:, 1:], y_BD
 
-    inputs = (
-        jnp.moveaxis(jnp.where(real_BT[..., None], x, 0).astype(accumulator), 1, 0),
-        real_BT.T,
-        packed.starts(segments).T,
-    )
-    initial = initial_state.astype(x.dtype).astype(accumulator)
-    tail_BVD, y_TBD = jax.lax.scan(step, initial, inputs)
-    return jnp.moveaxis(y_TBD, 0, 1).astype(x.dtype), tail_BVD.astype(x.dtype)
+    shape = (batch, filters.shape[0] - 1, channels)
+    tail_BVD = reference.first_state(initial_state, shape, x.dtype).astype(wide)
+    y_BTD, tail_BVD = reference.over_time(step, tail_BVD, (x,), segments)
+    return y_BTD.astype(x.dtype), tail_BVD.astype(x.dtype)

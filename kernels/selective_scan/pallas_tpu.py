@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import segments as packed
 from kernels import setting, tpu
+from kernels.pallas_tpu_marks import PADDING, START, of_tokens, turned
 from kernels.products import sum_type
 
 # Rows of a register (of bfloat16: ROWS) and its lanes.
@@ -36,8 +37,6 @@ TILE, ROWS, LANE = 8, 16, 128
 LONGEST, COLUMNS, ROOM = 128, 4096, 12 << 20
 MOST_STATE = 256
 OCTAVES = math.log2(math.e)
-# Marks of tokens that do not simply go on.
-START, PADDING = 1, 2
 
 
 class Form(NamedTuple):
@@ -123,9 +122,8 @@ def _on_device(*, x, dt, A, Bm, Cm, D, segments, initial_state):
     form = Form(length, chunk_length(length, state), segments is not None)
     marks = None
     if segments is not None:
-        start, real = packed.starts(segments), packed.is_real(segments)
-        marks = jnp.where(start, START, jnp.where(real, 0, PADDING)).astype(jnp.int32)
-        marks = _blocks_of_time(form, marks[..., None])
+        real = packed.is_real(segments)
+        marks = _blocks_of_time(form, of_tokens(segments)[..., None])
         Bm, Cm = (jnp.where(real[..., None], part, 0) for part in (Bm, Cm))
     wide = width if width <= LANE else width + -width % LANE
     deep = state + -state % TILE
@@ -342,8 +340,8 @@ class Token(NamedTuple):
 
 
 def _forward_body(form, width, structure, *refs):
-    laid, (y, state, *rest) = _unflatten(structure, refs)
-    marks = _turn_marks(form, laid, rest)
+    laid, (y, state, *rest) = tpu.unflatten(structure, refs)
+    marks = turned(laid.marks, rest)
     *entering, x, dt, written, b, c = rest
     _spread(form, laid, b, c)
     block = pl.program_id(2)
@@ -379,9 +377,9 @@ def _forward_body(form, width, structure, *refs):
 
 
 def _backward_body(form, width, structure, *refs):
-    laid, refs = _unflatten(structure, refs)
+    laid, refs = tpu.unflatten(structure, refs)
     dy, dfinal, dx, ddt, da, db, dc, dskip, dstate, before, *rest = refs
-    marks = _turn_marks(form, laid, rest)
+    marks = turned(laid.marks, rest)
     x, dt, written, slopes, b, c, db_lanes, dc_lanes = rest
     _spread(form, laid, b, c)
     db_lanes[...], dc_lanes[...] = jnp.zeros_like(db_lanes), jnp.zeros_like(dc_lanes)
@@ -437,20 +435,6 @@ def _backward_body(form, width, structure, *refs):
     jax.lax.fori_loop(0, dx.shape[1] // width, channels, 0)
     _add_lanes(form, db_lanes, db)
     _add_lanes(form, dc_lanes, dc)
-
-
-def _unflatten(structure, refs):
-    count = structure.num_leaves
-    return jax.tree.unflatten(structure, refs[:count]), list(refs[count:])
-
-
-def _turn_marks(form, laid, rest):
-    """Marks from lanes to rows, into the last of the refs in `rest`, which is taken off."""
-    if not form.packed:
-        return None
-    marks = rest.pop()
-    marks[...] = laid.marks[...].T
-    return marks
 
 
 def _each(work, group, carry, reverse: bool = False):

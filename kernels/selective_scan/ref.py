@@ -1,10 +1,9 @@
 """The selective scan as the paper writes it: one step a token."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import segments as packed
+from kernels import reference
 from kernels.products import sum_type
 
 
@@ -20,29 +19,18 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The recurrence of `kernels.selective_scan`, one `lax.scan` over time."""
-    accumulator = sum_type(x)
-    batch, length, width = x.shape
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, width, A.shape[1]), accumulator)
+    wide = sum_type(x)
+    batch, _, width = x.shape
     if D is None:
-        D = jnp.zeros(width, accumulator)
-    A_DN, skip_D = A.astype(accumulator), D.astype(accumulator)
+        D = jnp.zeros(width, wide)
+    A_DN, skip_D = A.astype(wide), D.astype(wide)
 
-    real_BT1 = packed.is_real(segments)[..., None]
-
-    def rows(array):
-        return jnp.moveaxis(jnp.where(real_BT1, array, 0).astype(accumulator), 1, 0)
-
-    def step(state_BDN, inputs):
-        x_BD, dt_BD, b_BN, c_BN, start = inputs
-        before_BDN = jnp.where(start[:, None, None], 0, state_BDN)
+    def step(h_BDN, token):
+        x_BD, dt_BD, b_BN, c_BN = token
         decay_BDN = jnp.exp(dt_BD[..., None] * A_DN)
-        after_BDN = decay_BDN * before_BDN + (dt_BD * x_BD)[..., None] * b_BN[:, None]
-        y_BD = jnp.einsum("bdn,bn->bd", after_BDN, c_BN) + skip_D * x_BD
-        return after_BDN, y_BD
+        after_BDN = decay_BDN * h_BDN + (dt_BD * x_BD)[..., None] * b_BN[:, None]
+        return after_BDN, jnp.einsum("bdn,bn->bd", after_BDN, c_BN) + skip_D * x_BD
 
-    inputs = (rows(x), rows(dt), rows(Bm), rows(Cm), packed.starts(segments).T)
-    final_state, y_TBD = jax.lax.scan(step, initial_state.astype(accumulator), inputs)
-    return jnp.moveaxis(y_TBD, 0, 1).astype(x.dtype), final_state
+    initial = reference.first_state(initial_state, (batch, width, A.shape[1]), wide)
+    y_BTD, final_state = reference.over_time(step, initial, (x, dt, Bm, Cm), segments)
+    return y_BTD.astype(x.dtype), final_state

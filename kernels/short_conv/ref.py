@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import segments as packed
+from kernels import reference
 from kernels.products import sum_type
 
 
@@ -18,33 +18,21 @@ def short_conv(
     activation: str = "none",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """The sum of `kernels.short_conv`, one `lax.scan` over time."""
-    accumulator = sum_type(x)
-    batch, length, channels = x.shape
-    weight_WD = weight.astype(accumulator)
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
+    wide = sum_type(x)
+    batch, _, channels = x.shape
+    taps_WD = weight.astype(wide)
 
-    real_BT = packed.is_real(segments)
-
-    def step(tail_BVD, inputs):
-        x_BD, real, start = inputs
-        before_BVD = jnp.where(start[:, None, None], 0, tail_BVD)
-        window_BWD = jnp.concatenate([before_BVD, x_BD[:, None]], axis=1)
-        y_BD = jnp.sum(weight_WD * window_BWD, axis=1)
+    def step(tail_BVD, token):
+        (x_BD,) = token
+        window_BWD = jnp.concatenate([tail_BVD, x_BD[:, None]], axis=1)
+        y_BD = jnp.sum(taps_WD * window_BWD, axis=1)
         if bias is not None:
-            y_BD = y_BD + bias.astype(accumulator)
+            y_BD = y_BD + bias.astype(wide)
         if activation == "silu":
             y_BD = y_BD * jax.nn.sigmoid(y_BD)
-        kept_BVD = jnp.where(real[:, None, None], window_BWD[:, 1:], tail_BVD)
-        return kept_BVD, jnp.where(real[:, None], y_BD, 0)
+        return window_BWD[:, 1:], y_BD
 
-    inputs = (
-        jnp.moveaxis(jnp.where(real_BT[..., None], x, 0).astype(accumulator), 1, 0),
-        real_BT.T,
-        packed.starts(segments).T,
-    )
-    initial = initial_state.astype(x.dtype).astype(accumulator)
-    tail_BVD, y_TBD = jax.lax.scan(step, initial, inputs)
-    return jnp.moveaxis(y_TBD, 0, 1).astype(x.dtype), tail_BVD.astype(x.dtype)
+    shape = (batch, weight.shape[0] - 1, channels)
+    tail_BVD = reference.first_state(initial_state, shape, x.dtype).astype(wide)
+    y_BTD, tail_BVD = reference.over_time(step, tail_BVD, (x,), segments)
+    return y_BTD.astype(x.dtype), tail_BVD.astype(x.dtype)

@@ -318,6 +318,17 @@ def test_killed_first_save_is_a_fresh_start(folder, opened, said):
     assert said == ["checkpoint: removed the unfinished save of step 100."]
 
 
+def test_two_damaged_steps_are_passed_over(two_steps, folder, opened, said):
+    shutil.copytree(two_steps, folder)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(300, small_tree(300), {})
+    flip(max(files_of(folder / "300"), key=lambda path: path.stat().st_size))
+    (folder / "200" / manifest.MANIFEST).unlink()
+    restored, meta = opened().restore(abstract(small_tree(1)))
+    assert meta["step"] == 100 and bits(restored) == bits(small_tree(100))
+    assert ["step 300" in said[0], "step 200" in said[1], len(said)] == [True, True, 2]
+
+
 def test_damaged_step_is_written_again_and_goes(two_steps, folder, opened, said):
     shutil.copytree(two_steps, folder)
     flip(max(files_of(folder / "200"), key=lambda path: path.stat().st_size))

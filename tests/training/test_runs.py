@@ -177,13 +177,19 @@ def test_another_tokenizer_of_as_many_ids_is_refused(given, corpora, tmp_path):
     shutil.copy(tmp_path / "one.json", moved)
     same = given(data__tokenizer=f"bpe:{moved}", model__vocabulary=0)
     loop.train(same, str(tmp_path / "x"), None)  # its contents decide, not its name
+    run = runs.load(tmp_path / "x")
+    assert run.tokenizer.vocabulary == run.experiment.model.vocabulary
     shutil.copy(tmp_path / "two.json", tmp_path / "one.json")
     with pytest.raises(ValueError, match="one.json of other contents,"):
         loop.train(old, str(tmp_path / "x"), None)
+    with pytest.raises(ValueError, match="one.json is not the one that"):
+        _ = runs.load(tmp_path / "x").tokenizer
 
 
 def test_other_rows_and_numbers_are_said_in_one_line(again):
-    _, said = again(steps=6, data__batch=2, data__seed=1, seed=7, optimizer__learning_rate=1e-3)
+    result, said = again(
+        steps=6, data__batch=2, data__seed=1, seed=7, optimizer__learning_rate=1e-3
+    )
     assert said == [
         "resume: changed since step 4: seed 0, now 7; data.batch 4, now 2; data.seed 0, now 1; "
         "optimizer.learning_rate 0.003, now 0.001. Rows are numbered anew: some come twice, others "
@@ -191,6 +197,10 @@ def test_other_rows_and_numbers_are_said_in_one_line(again):
         "resume: the run had ended after 4 steps at a learning rate of 0.0001; with steps=6 it "
         "goes on at 0.000186 (cosine).",
     ]
+
+    lines = result.paths["metrics"].read_text().splitlines()
+    tokens = {record["step"]: record["tokens"] for record in map(json.loads, lines)}
+    assert tokens == {1: 32, 2: 64, 3: 96, 4: 128, 5: 144, 6: 160}  # of 4 x 8, then of 2 x 8
 
 
 def test_more_steps_after_a_finished_cosine(again):
