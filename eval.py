@@ -22,6 +22,7 @@ OPTIONS = {
     "only": "",  # some of the groups of rows, as parameters,speed,energy ("": all)
     "curves": "",  # sizes to measure over, as length:128,256,512;batch:1,2,4
     "match": "",  # size the other configs to the first: parameters, flops, state, memory, dollars
+    "sized": "",  # a folder: writes there what --match made of each config, for train.py --config
     "pareto": "",  # names of rows, by commas: rank the configs in them
     "loss": 0.0,  # bits per byte of validation: what it cost the runs of --workdir to reach them
     "seconds": 2.0,  # to spend on each timing; nine calls at least

@@ -83,12 +83,27 @@ def match(
     *,
     tolerance: float = TOLERANCE,
     known: Known | None = None,
+    names: Sequence[str] = (),
 ) -> list[Experiment]:
-    """The experiments, each after the first sized to the first one's budget; see `solve`."""
+    """The experiments, each after the first sized to the first one's budget; see `solve`.
+
+    A ValueError says which of `names` (default: "config 1" and so on) could not be.
+    """
     known = {} if known is None else known
-    first, *others = experiments
-    target = value(first, budget, known)
-    return [first, *(solve(e, budget, target, tolerance=tolerance, known=known) for e in others)]
+    names = names or [f"config {i}" for i in range(1, len(experiments) + 1)]
+    matched: list[Experiment] = []
+    target = math.nan
+    for name, experiment in zip(names, experiments, strict=True):
+        try:
+            if not matched:
+                target = value(experiment, budget, known)
+                matched.append(experiment)
+                continue
+            found = solve(experiment, budget, target, tolerance=tolerance, known=known)
+            matched.append(found)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be matched: {error}") from error
+    return matched
 
 
 def solve(

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -141,11 +145,27 @@ def sized(subjects: Sequence[Subject], text: str) -> list[str]:
     """Size every subject to the first one's budget; what was changed, a line for each."""
     before, known = [subject.experiment for subject in subjects], {}
     chosen = budget.named(text)
-    after = budget.match(before, chosen, known=known)
+    names = [subject.name for subject in subjects]
+    after = budget.match(before, chosen, known=known, names=names)
     for subject, experiment in zip(subjects, after, strict=True):
         subject.experiment = schema.freeze(experiment)
     lines = budget.describe(before, after, chosen, known)
     return [f"{subject.name}: {line}" for subject, line in zip(subjects, lines, strict=True)]
+
+
+def write_sized(subjects: Sequence[Subject], folder: str) -> list[str]:
+    """Write every config as it is now, a JSON file each that train.py takes; a line for each."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lines, used = [], set()
+    for subject in subjects:
+        stem = re.sub(r"[^\w.-]+", "_", Path(subject.name).with_suffix("").name) or "config"
+        names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+        name = next(name for name in names if name not in used)
+        used.add(name)
+        path = Path(folder) / f"{name}.json"
+        path.write_text(json.dumps(schema.to_dict(subject.experiment), indent=1) + "\n")
+        lines.append(f"{subject.name}: python train.py --config={path}")
+    return lines
 
 
 def measure(
@@ -157,6 +177,8 @@ def measure(
         raise ValueError(f"--column={options['column']} must be -1 (all) to {last}.")
     if options["match"] not in ("", "dollars"):
         notes = sized(subjects, options["match"])
+    if options["sized"] and options["match"] not in ("", "dollars"):
+        notes = [*notes, *write_sized(subjects, options["sized"])]
     if options["column"] >= 0:
         subjects = subjects[options["column"] :][:1]
     bench = Bench(subjects, options)
@@ -169,6 +191,7 @@ def measure(
         bench.time()
         if options["match"] == "dollars":
             notes = bench.spend_alike()
+            notes += write_sized(subjects, options["sized"]) if options["sized"] else []
     if "latency" in groups:
         found["latency"] = speed.latency(subjects, options["seconds"])
     one: dict[str, Callable[[int], list[Row]]] = {

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from flax import nnx
 
+from configs import loading, schema
 from configs.schema import Data, Experiment, Mesh
 from evaluation import curves, front, groups, measure, rows
 from evaluation.subject import Subject
@@ -23,6 +24,7 @@ from tests.report.test_report import SCHEMA
 
 OPTIONS = {
     "workdir": "",
+    "sized": "",
     "curves": "",
     "seconds": 0.05,
     "peak_seconds": 0.0,
@@ -221,6 +223,30 @@ def test_configs_are_sized_to_the_first_and_one_column_is_measured_alone():
     assert len(found.notes) == 2 and "hidden by its rule ->" in found.notes[1]
     with pytest.raises(ValueError, match=r"--column=2 must be -1 \(all\) to 1"):
         measure.measure(pair, ["parameters"], options | {"column": 2})
+
+
+def test_sized_configs_are_written_for_training(tmp_path):
+    pair = [subject_of(catalogue.cases()[name]) for name in ("attention.softmax", "recurrent.gru")]
+    for subject in pair:
+        subject.name = "configs/same.py:word"
+    options = OPTIONS | {"match": "parameters", "sized": str(tmp_path / "sized"), "profile": 0}
+    found = measure.measure(pair, ["parameters"], options)
+    files = [tmp_path / "sized" / name for name in ("same.json", "same_2.json")]
+    for subject, file in zip(pair, files, strict=True):
+        (read,), _ = loading.parse([f"--config={file}", "--config.steps=700"], {})
+        sized = schema.to_dict(subject.experiment) | {"steps": 700}
+        assert schema.to_dict(read) == sized
+    assert any(note.endswith(f"python train.py --config={files[1]}") for note in found.notes)
+
+
+def test_what_cannot_be_matched_is_named():
+    pair = [subject_of(catalogue.cases()[name]) for name in ("attention.softmax", "recurrent.gru")]
+    pair[1].name = "second.py"
+    pair[1].experiment = dataclasses.replace(
+        pair[1].experiment, model=dataclasses.replace(pair[1].experiment.model, depth=0)
+    )
+    with pytest.raises(ValueError, match="^second.py cannot be matched: model.depth=0 must be"):
+        measure.measure(pair, ["parameters"], OPTIONS | {"match": "parameters"})
 
 
 def test_the_same_money_buys_steps_by_their_seconds():
