@@ -1,4 +1,6 @@
-"""Finds the architectures: every module below `models/` that defines both `Config` and `Mixer`."""
+"""Finds the architectures: every module below `models/` with a `Config` and a `Mixer` or
+`Block`.
+"""
 
 import importlib
 import pkgutil
@@ -15,7 +17,7 @@ def architectures() -> dict[str, ModuleType]:
         if info.name.count(".") != 2:
             continue
         module = importlib.import_module(info.name)
-        if hasattr(module, "Config") and hasattr(module, "Mixer"):
+        if hasattr(module, "Config") and (hasattr(module, "Mixer") or hasattr(module, "Block")):
             found[info.name.removeprefix("models.")] = module
     return found
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import auxiliary, mixer
+from models import auxiliary, catalogue, mixer
 from models.attention import softmax
 from models.block import (
     CASES,
@@ -46,6 +46,7 @@ def close(got, want, what):
 @pytest.mark.parametrize("name", CASES)
 def test_a_config_says_whether_it_builds_a_block(name):
     config = CASES[name]
+    assert catalogue.variants()[name] is config  # no contract for what is not found
     assert mixer.is_block(config) == (name != "heads")
     assert isinstance(nnx.eval_shape(lambda: config.build(32, nnx.Rngs(0))), mixer.Block) == (
         name != "heads"
@@ -53,7 +54,7 @@ def test_a_config_says_whether_it_builds_a_block(name):
 
 
 def test_mixers_are_no_blocks_wherever_they_live():
-    assert mixer.is_block(mega.Config())
+    assert mixer.is_block(mega.Config()) and "mega" in catalogue.variants()
     assert not any(map(mixer.is_block, PARTS))
     assert not mixer.is_block(synthesizer.Config(causal=True))
 
