@@ -130,8 +130,9 @@ class LM(nnx.Module):
         self.mask: Any = weights.weight(rngs, *mask) if masked else None
         if not (masked or self.causal):
             raise ValueError(
-                "model.pattern holds a bidirectional mixer, which reads later tokens: a language "
-                "model would see what it predicts. Use model.objective='masked', an encoder."
+                "model.pattern or model.channel holds a bidirectional mixer, which reads later "
+                "tokens: a language model would see what it predicts. Use "
+                "model.objective='masked', an encoder."
             )
         self.further = multi_token.build(config, parts[-1], rngs)
 

@@ -50,13 +50,17 @@ def make_trainer(
     `byte_lengths[id]` says how many bytes of text a token stands for.
     """
     key = jax.random.key(experiment.seed)
-
     ways = sharding.ways(mesh, "vocab")
 
     def build(multiple=ways):
         return experiment.model.build(nnx.Rngs(key), multiple)
 
     model = nnx.eval_shape(build)
+    if experiment.carry_state and not model.causal:
+        raise ValueError(
+            "carry_state=True: model.pattern or model.channel holds a bidirectional mixer, which "
+            "reads whole rows and has no state. Use carry_state=False."
+        )
     graph = nnx.split(model)[0]
     dims = weights.dims(model)
     data, config = experiment.data, experiment.optimizer
@@ -70,7 +74,10 @@ def make_trainer(
         return State(step, params, moments, carry, jax.random.fold_in(key, 1), average)
 
     abstract = _placed(jax.eval_shape(lambda: init(build())), dims, mesh)
-    stored = jax.tree.map(_unpadded, abstract, jax.eval_shape(lambda: init(build(multiple=1))))
+    stored = abstract
+    if ways > 1:
+        bare = jax.eval_shape(lambda: init(build(multiple=1)))
+        stored = jax.tree.map(_unpadded, abstract, bare)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch = _abstract_batch(data, mesh, model.objective == "masked")
     rows = {name: leaf.sharding for name, leaf in batch.items()}

@@ -15,22 +15,12 @@ from models import catalogue, lm
 from models.attention import bidirectional, softmax
 from models.channel import glu
 from models.recurrent import rg_lru
+from tests import whole
 
 KEY = jax.random.key(0)
 PROMPT = jnp.asarray([[256, 5, 99, 5, 40], [256, 7, 7, 200, 1]], jnp.int32)
 SMALL = lm.Config(vocabulary=300, width=64, depth=1, head="untied", dtype="float32")
 CHEAP = dataclasses.replace(SMALL, width=16, pattern=(glu.Config(),), channel=None)
-
-
-def _families():
-    """Every variant that may write; by default the first of each family, the others are long."""
-    seen = set()
-    for name, config in catalogue.cases().items():
-        family = name.partition(".")[0]
-        if nnx.eval_shape(lambda config=config: config.build(64, nnx.Rngs(0))).causal:
-            marks = [pytest.mark.long] if family in seen else []
-            seen.add(family)
-            yield pytest.param(config, id=name, marks=marks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -40,13 +30,31 @@ def likeliest(graph, weights, tokens):
     return jnp.argmax(model.logits(model(tokens)[0]), axis=-1)
 
 
-@pytest.mark.parametrize("config", list(_families()))
-def test_greedy_is_the_argmax_of_the_full_forward_pass(config):
+@pytest.mark.parametrize("family", sorted({name.partition(".")[0] for name in catalogue.cases()}))
+def test_greedy_is_the_argmax_of_the_full_forward_pass(family):
+    """One variant of each family of mixers: the first that may write."""
+    found = (c for name, c in catalogue.cases().items() if name.startswith(f"{family}."))
+    check_greedy(next(config for config in found if whole.causal(config)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(catalogue.cases()))
+def test_greedy_of_every_variant(name):
+    """Every variant that may write; a model of any other refuses."""
+    config = catalogue.cases()[name]
+    if whole.causal(config):
+        check_greedy(config)
+        return
+    with pytest.raises(ValueError, match="model.objective='masked'"):
+        dataclasses.replace(SMALL, pattern=(config,)).build(nnx.Rngs(0))
+
+
+def check_greedy(config):
     """The prompt at once and then token by token, against one pass over all that was written."""
     model = dataclasses.replace(SMALL, pattern=(config,)).build(nnx.Rngs(0))
     written = generate(model, PROMPT, 6, key=KEY, temperature=0.0)
-    whole = jnp.concatenate([PROMPT, written], axis=1)
-    best = likeliest(*nnx.split(model), whole)[:, PROMPT.shape[1] - 1 : -1]
+    whole_row = jnp.concatenate([PROMPT, written], axis=1)
+    best = likeliest(*nnx.split(model), whole_row)[:, PROMPT.shape[1] - 1 : -1]
     np.testing.assert_array_equal(written, best)
     assert len(np.unique(written)) > 1, "one token again and again shows little"
 
@@ -68,8 +76,8 @@ def test_greedy_with_all_options_of_the_model_at_once(layers):
     )
     model = config.build(nnx.Rngs(1))
     written = generate(model, PROMPT, 8, key=KEY, temperature=0.0)
-    whole = jnp.concatenate([PROMPT, written], axis=1)
-    best = likeliest(*nnx.split(model), whole)[:, PROMPT.shape[1] - 1 : -1]
+    whole_row = jnp.concatenate([PROMPT, written], axis=1)
+    best = likeliest(*nnx.split(model), whole_row)[:, PROMPT.shape[1] - 1 : -1]
     np.testing.assert_array_equal(written, best)
 
 
