@@ -214,7 +214,8 @@ def test_norms_stand_where_the_config_says():
         (dict(predict=2, objective="masked"), "model.predict=2 is for objective='next'"),
         (dict(width=0), "model.width=0 must be at least 1."),
         (dict(depth=0), "model.depth=0 must be at least 1."),
-        (dict(vocabulary=0), "model.vocabulary=0 must be at least 1."),
+        (dict(vocabulary=0), "model.vocabulary=0 is the tokenizer's, which a model alone does not"),
+        (dict(vocabulary=-1), "model.vocabulary=-1 must be at least 1."),
         (dict(pattern=()), "model.pattern is empty"),
     ],
 )
