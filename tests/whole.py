@@ -154,6 +154,7 @@ def fields(tree: Any, prefix: str = ""):
             yield key, overrides.annotation(tree, name)
 
 
+@functools.cache
 def architectures() -> dict[str, list[Change]]:
     """Changes to another architecture, by its name; encoders bring their objective along."""
     found: dict[str, list[Change]] = {"channel.none": [{"model.channel": None}]}
