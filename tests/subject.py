@@ -14,8 +14,9 @@ from flax import nnx
 
 from configs import schema
 
-WIDTH, BATCH, CAPACITY = 64, 4, 120
+WIDTH, BATCH = 64, 4
 LENGTH, HALF = 70, 35  # tokens of a row, and of a piece of it
+CAPACITY = 2 * LENGTH
 # Rows of (document, tokens), 0 for padding: boundaries on the edges of chunks and off them, single
 # tokens, padding at both ends. The middle of each row is inside a document: a state goes on there,
 # in row 2 through so short a rest that what a convolution keeps is older. A number may come back.

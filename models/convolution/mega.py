@@ -189,6 +189,8 @@ class Block(mixer.Block):
         r_BTV = jax.nn.silu(weights.project("btd,dv->btv", u_BTD, self.r) + self.r_bias[...])
         gate_BTPD = weights.project("btd,dpc->btpc", u_BTD, self.gate) + self.gate_bias[...]
         read_BTD = weights.project("btv,vd->btd", (r_BTV * o_BTV).astype(x.dtype), self.o)
+        # Without a layout of its own XLA mixes up rows of a mesh where tokens are few (0.10, 0.12).
+        read_BTD = constrain(read_BTD, "batch", "time", "embed")
         h_BTD = jax.nn.silu(gate_BTPD[:, :, 1] + read_BTD)
         stream = x.astype(mixer.wide(x.dtype))
         return (stream + jax.nn.sigmoid(gate_BTPD[:, :, 0]) * (h_BTD - stream)).astype(x.dtype)
