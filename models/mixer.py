@@ -14,6 +14,7 @@ A file that needs another meaning says it where the letter first stands.
 """
 
 import functools
+import inspect
 import typing
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +36,13 @@ class Config(Protocol):
         ...
 
 
+# How the contract calls a mixer's methods: as text, and with stand-ins.
+CALLS = {
+    "__call__": ("(x, *, segments=None, state=None)", ("x",), {"segments": None, "state": None}),
+    "init_state": ("(batch, capacity, dtype=jnp.float32)", (1, 1, jnp.float32), {}),
+}
+
+
 class Mixer(nnx.Module):
     """Base of all mixers, token mixers and channel mixers alike."""
 
@@ -43,6 +51,9 @@ class Mixer(nnx.Module):
     def __init_subclass__(cls, **kwargs):
         """Calls name what they compute after the architecture's file: profiles read it."""
         super().__init_subclass__(**kwargs)
+        for name, call in CALLS.items():
+            if method := cls.__dict__.get(name):
+                _check_signature(cls, method, *call)
         if call := cls.__dict__.get("__call__"):
             cls.__call__ = _scoped(call)
 
@@ -80,6 +91,18 @@ def is_block(config: Config) -> bool:
     """Whether a Config builds a `Block`, which the annotation of its `build` says."""
     built = typing.get_type_hints(type(config).build).get("return")
     return isinstance(built, type) and issubclass(built, Block)
+
+
+def _check_signature(cls: type, method: Any, form: str, args: tuple, kwargs: dict) -> None:
+    """TypeError of one line where `method` cannot be called as the contract calls it."""
+    signature = inspect.signature(method)
+    try:
+        signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        where = f"{cls.__module__}.{cls.__name__}.{method.__name__}"
+        raise TypeError(
+            f"{where}{signature} must take (self, {form[1:]}: {error} (models/mixer.py)."
+        ) from None
 
 
 def _scoped(call):

@@ -1,8 +1,9 @@
 """Adding an architecture is adding a file: a toy one is found and proven; faults are caught."""
 
-import importlib
+import importlib.util
 import sys
 import textwrap
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 from flax import nnx
 
 import models.recurrent
+from configs.schema import Data
+from data import pipeline
 from models import catalogue, lm
 from tests import contract
 
+ROOT = Path(__file__).parents[1]
 TOY = """
     import dataclasses
     import jax.numpy as jnp
@@ -48,8 +52,8 @@ def add(tmp_path, monkeypatch):
     """A function that adds a file to the family `recurrent` for the length of a test."""
     monkeypatch.setattr(models.recurrent, "__path__", [*models.recurrent.__path__, str(tmp_path)])
 
-    def write(name, **parts):
-        source = textwrap.dedent(TOY)
+    def write(name, source=TOY, **parts):
+        source = textwrap.dedent(source)
         for key, value in parts.items():
             source = source.replace("{" + key + "}", value)
         (tmp_path / f"{name}.py").write_text(source)
@@ -60,10 +64,47 @@ def add(tmp_path, monkeypatch):
     return write
 
 
+def printed(page: str, beginning: str) -> str:
+    """The block of code of docs/PAGE.md that begins so."""
+    blocks = (ROOT / "docs" / f"{page}.md").read_text("utf-8").split("```python\n")[1:]
+    return next(b.partition("```")[0] for b in blocks if b.startswith(beginning))
+
+
 def test_a_new_file_is_found_and_proven(add):
-    config = add("toy", segments="segments", h="h")
+    """The example of docs/extend.md, whole."""
+    config = add("decay", printed("extend", '"""A leaky sum'))
     for check in contract.CHECKS:
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "line"),
+    [
+        (
+            "(self, batch, capacity, dtype=jnp.float32)",
+            "(self, batch)",
+            r"init_state\(self, batch\)",
+        ),
+        ("segments=None, state=None", "state=None", r"__call__\(self, x, \*, state=None\)"),
+    ],
+)
+def test_a_wrong_signature_is_one_line(add, right, wrong, line):
+    with pytest.raises(
+        TypeError, match=rf"^models.recurrent.odd.Mixer.{line} must take \(self, .*"
+    ):
+        add("odd", textwrap.dedent(TOY).replace(right, wrong))
+
+
+def test_the_source_of_tokens_in_the_docs_works(tmp_path):
+    (tmp_path / "lines.py").write_text(printed("extend", '"""The lines of one file'))
+    found = importlib.util.spec_from_file_location("lines", tmp_path / "lines.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(f"line {i}" for i in range(200)))
+    data = Data(source=module.Config(str(file)), length=16, batch=4, folder=str(tmp_path))
+    split = pipeline.open_split(data, "train")
+    assert split.documents > 100 and split.batch(0)["inputs"].shape == (4, 16)
 
 
 def test_a_new_file_trains_in_a_language_model(add):
