@@ -16,6 +16,7 @@ from resources.row import Curve, Row, not_available
 
 AXES = ("length", "batch", "width")
 CONTEXT = tuple(2**power for power in range(8, 21, 2))  # tokens at which a state is weighed
+VAGUE = 1.0  # width of an exponent's interval from which on it tells T from T^2 no more
 PARTS = {"train": 1, "prefill": 1, "decode": DECODED}  # a call's equal parts
 
 
@@ -81,9 +82,7 @@ class Swept:
                 found.append(not_available(name, "", reason))
                 continue
             fit = scaling.exponent(self.sizes, values, confidence=0.99)
-            note = f"R2 {fit.r2:.3f}, sizes {min(self.sizes)} to {max(self.sizes)}"
-            interval = fit.low, fit.high
-            found.append(Row(name, fit.exponent, "", "modelled", note, interval))
+            found.append(exponent_row(name, self.sizes, fit))
         return found
 
     def crossovers(self) -> list[Crossover]:
@@ -120,6 +119,18 @@ class Swept:
             f"at {self.axis} {self.sizes[i]} {config.name} executes {b.flops / a.flops:.2f} x the "
             f"FLOPs of {than.name} and moves {b.moved / a.moved:.2f} x its bytes; {bound}"
         )
+
+
+def exponent_row(name: str, sizes: Sequence[int], fit: scaling.PowerLaw) -> Row:
+    """The exponent; no number where its interval would hold both T and T^2."""
+    if fit.high - fit.low > VAGUE:
+        reason = (
+            f"{len(sizes)} sizes leave it within {fit.low:.2f} to {fit.high:.2f}: "
+            "measure more sizes, further apart"
+        )
+        return not_available(name, "", reason)
+    note = f"R2 {fit.r2:.3f}, sizes {min(sizes)} to {max(sizes)}"
+    return Row(name, fit.exponent, "", "modelled", note, (fit.low, fit.high))
 
 
 class Work(NamedTuple):

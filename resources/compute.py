@@ -3,7 +3,7 @@ of what the devices can do.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ __all__ = [
     "Flops",
     "executed_flops",
     "matmul_peak",
+    "measured_peak",
     "model_flops",
     "rows",
     "utilisation_rows",
@@ -55,16 +56,39 @@ def rows(
     ]
 
 
+NOISY = 1.2  # median over least seconds of equal calls from which on a machine counts as noisy
+
+
+class Peak(NamedTuple):
+    """FLOP/s of the fastest call, and how far the usual call was from it."""
+
+    flops: float
+    noise: float  # median over least seconds
+
+    @property
+    def note(self) -> str:
+        """ "" on a quiet machine."""
+        if self.noise < NOISY:
+            return ""
+        return f"; a noisy machine: the median call took {self.noise:.2f} x as long"
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of one device in a product of two square matrices, by the best of ten calls."""
+    return measured_peak(dtype).flops
+
+
 @functools.cache
-def matmul_peak(dtype: str, size: int | None = None) -> float:
-    """FLOP/s of one device in a product of two square matrices, by the best of ten calls.
+def measured_peak(dtype: str, size: int | None = None) -> Peak:
+    """`matmul_peak` and its noise.
 
     The size is 2,048 on a CPU and 8,192 elsewhere; entries are normal, as zeros run faster.
     """
     n = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
     timing = throughput.time_call(jax.jit(jnp.matmul), a, b, warmup=2, repeats=10)
-    return 2 * n**3 / min(timing.seconds)
+    least = min(timing.seconds)
+    return Peak(2 * n**3 / least, timing.median / least)
 
 
 def _listed_peak(dtype: str, listed: Device | None) -> float | None:
@@ -86,7 +110,7 @@ def utilisation_rows(
     """
     name = jax.devices()[0].device_kind
     by_maker = _listed_peak(dtype, listed)
-    measured = matmul_peak(dtype)
+    measured = measured_peak(dtype)
     rows = []
     for short, flops in (("MFU", needed), ("HFU", executed)):
         label = f"train {short}, of the listed peak"
@@ -97,8 +121,10 @@ def utilisation_rows(
         else:
             reason = f"no listed {dtype} peak is known for {name!r}"
             rows.append(not_available(label, "%", reason))
-        share = 100 * flops / (seconds * count * measured)
-        note = f"a matrix product reached {measured / 1e9:.4g} GFLOP/s, {dtype}"
+        share = 100 * flops / (seconds * count * measured.flops)
+        note = (
+            f"a matrix product reached {measured.flops / 1e9:.4g} GFLOP/s, {dtype}{measured.note}"
+        )
         rows.append(Row(f"train {short}, of the measured peak", share, "%", "modelled", note))
     return rows
 
@@ -110,8 +136,8 @@ def roofline_rows(
 
     attainable FLOP/s = min(roof of compute, FLOP/B * roof of memory), both roofs measured here.
     """
-    peak, bandwidth = matmul_peak(dtype), memory.copy_bandwidth()
-    found = scaling.roofline(executed, moved, peak, bandwidth)
+    peak, bandwidth = measured_peak(dtype), memory.copy_bandwidth()
+    found = scaling.roofline(executed, moved, peak.flops, bandwidth)
     word = f"bound by {found.bound}: the ridge is at {found.ridge:.3g} FLOP/B"
     listed_bandwidth = listed and listed.memory_bytes_per_s
     note = f"{listed_bandwidth / 1e9:.4g} GB/s listed" if listed_bandwidth else ""
@@ -120,6 +146,12 @@ def roofline_rows(
         Row("train intensity", found.intensity, "FLOP/B", "modelled", word),
         Row("train achieved", executed / seconds, "FLOP/s", "modelled", "executed, a device"),
         Row("train share of the roofline", 100 * found.seconds / seconds, "%", "modelled"),
-        Row("roof, compute", peak, "FLOP/s", "measured", f"a matrix product, {dtype}"),
+        Row(
+            "roof, compute",
+            peak.flops,
+            "FLOP/s",
+            "measured",
+            f"a matrix product, {dtype}{peak.note}",
+        ),
         Row("roof, memory", bandwidth, "B/s", "measured", note or "256 MiB changed in place"),
     ]

@@ -18,7 +18,7 @@ from models import catalogue, lm
 from models.linear_attention import gla
 from report import table
 from report.report import RESOURCES, Column
-from resources import energy
+from resources import compute, energy, scaling
 from resources.row import Row, not_available
 from tests.report.test_report import SCHEMA
 
@@ -223,6 +223,19 @@ def test_configs_are_sized_to_the_first_and_one_column_is_measured_alone():
     assert len(found.notes) == 2 and "hidden by its rule ->" in found.notes[1]
     with pytest.raises(ValueError, match=r"--column=2 must be -1 \(all\) to 1"):
         measure.measure(pair, ["parameters"], options | {"column": 2})
+
+
+def test_an_exponent_that_tells_nothing_is_no_number():
+    sizes = (8, 16, 32)
+    noisy = curves.exponent_row("x", sizes, scaling.exponent(sizes, [1.0, 9.0, 2.0]))
+    assert noisy.value is None and noisy.note.startswith("3 sizes leave it within -")
+    sure = curves.exponent_row("x", sizes, scaling.exponent(sizes, [1.0, 2.0, 4.0]))
+    assert sure.value == pytest.approx(1.0)
+
+
+def test_a_noisy_machine_is_said():
+    assert compute.Peak(1e9, 1.05).note == ""
+    assert "noisy machine: the median call took 1.50 x" in compute.Peak(1e9, 1.5).note
 
 
 def test_sized_configs_are_written_for_training(tmp_path):
