@@ -21,6 +21,7 @@ from configs import checks, overrides, preview, usage
 from configs.schema import RENAMED, Experiment, freeze, from_dict, on_disk
 
 ROOT = Path(__file__).parents[1]
+Pairs = list[tuple[str, str | None]]  # of a key and the text given for it; None: a bare flag
 HELP = ("help", "h", "helpshort", "helpfull")
 
 
@@ -129,7 +130,7 @@ def _unknown(name: str, options: Mapping[str, Any]) -> str:
     return f"unknown option '--{name}'{meant}. Options: {', '.join('--' + o for o in allowed)}."
 
 
-def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:
+def _preview(files: list[str], pairs: Pairs) -> None:
     """Raise the UsageErrors that can be found without JAX; where that takes JAX, say nothing."""
     try:
         with preview.stand_ins():
@@ -144,14 +145,16 @@ def _preview(files: list[str], pairs: list[tuple[str, str | None]]) -> None:
         return
 
 
-def _chosen(files: list[str], pairs) -> list[tuple[str, Experiment, list]]:
+def _chosen(
+    files: list[str], pairs: list[tuple[str, str | None]]
+) -> list[tuple[str, Experiment, list]]:
     """Each file with what it returns, the sections that flags name in place, and the other flags.
 
     A chosen section is a file of code too: like the config itself, the preview reads it inertly.
     """
-    pairs = [(RENAMED.get(key, key), text) for key, text in pairs]
+    today = [(RENAMED.get(key, key), text) for key, text in pairs]
     with configuration():
-        return [(file, *overrides.choose(load(file), pairs)) for file in files]
+        return [(file, *overrides.choose(load(file), today)) for file in files]
 
 
 def _checked(chosen: list[tuple[str, Experiment, list]]) -> list[Experiment]:

@@ -23,7 +23,8 @@ COLUMN = 33  # of a name, before the words on it
 def text(options: Mapping[str, Any]) -> str:
     """Everything that --help prints, for a program whose own options are `options`."""
     program = sys.modules["__main__"]
-    words = _option_words(Path(inspect.getfile(program)))
+    file = getattr(program, "__file__", None)  # a program given by -c has none
+    words = _option_words(Path(file)) if file else {}
     lines = [(program.__doc__ or "").strip(), "", "Options, with their defaults:"]
     lines.append(_line("--config=FILE[:WORD]", "a config file, and a word that some of them take"))
     lines.append(_line("--config.KEY=VALUE", "set a field, as --config.model.width=512"))

@@ -142,7 +142,7 @@ def _fault(described: dict[str, Any]) -> str:
         for side in ("lstrip", "rstrip"):
             if token.get(side):
                 return f"its added token {token['content']!r} takes the spaces beside it ({side})"
-    splitters = [described.get("pre_tokenizer") or {"type": "none"}]
+    splitters: list[dict[str, Any]] = [described.get("pre_tokenizer") or {"type": "none"}]
     kinds = set()
     while splitters:
         one = splitters.pop()

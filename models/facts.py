@@ -41,7 +41,9 @@ class Facts(NamedTuple):
 def known(config: Any) -> Facts | None:
     """The facts on record; None where the code of the variant has changed since."""
     found = _record().get(source_hash(config))
-    return found and Facts(found["paper"], tuple(found["kernels"]), found["states"], found["work"])
+    if found is None:
+        return None
+    return Facts(found["paper"], tuple(found["kernels"]), found["states"], found["work"])
 
 
 def write(found: Mapping[str, tuple[Any, Facts]], file: Path = RECORD) -> None:

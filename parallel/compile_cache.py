@@ -16,6 +16,7 @@ import stat
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 MOST_BYTES = 2 << 30  # beyond it, the programs that were not read for longest go
 _seen = {"requests": 0, "hits": 0, "saved_s": 0.0}
@@ -33,7 +34,8 @@ def use(wanted: bool = True) -> Path | None:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     _listen()
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # its attributes are made when jax is imported
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
     try:
         folder = _private(home() / "programs") / _processor()
@@ -131,9 +133,9 @@ def _listen() -> None:
         if event in told:
             _seen[told[event]] += 1
 
-    def add(event: str, seconds: float, **_) -> None:
+    def add(event: str, duration_secs: float, **_) -> None:
         if event == "/jax/compilation_cache/compile_time_saved_sec":
-            _seen["saved_s"] += max(0.0, seconds)
+            _seen["saved_s"] += max(0.0, duration_secs)
 
     jax.monitoring.register_event_listener(count)
     jax.monitoring.register_event_duration_secs_listener(add)

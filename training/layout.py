@@ -43,8 +43,9 @@ def relaid(tree: Any, old: lm.Config, abstract: Any, new: lm.Config) -> Any:
             held.update(zip(places, leaf if _is_stack(name) else [leaf], strict=True))
         found = {}
         for name in wanted:
-            parts = [held.get(place) for place in _places(name, new)]
-            if any(part is None or part.shape != parts[0].shape for part in parts):
+            places = _places(name, new)
+            parts = [held[place] for place in places if place in held]
+            if len(parts) < len(places) or len({part.shape for part in parts}) > 1:
                 raise ValueError(_stuck(name, old, new))
             found[name] = jnp.stack(parts) if _is_stack(name) else parts[0]
         return found

@@ -226,7 +226,7 @@ def remarks(meta: dict, found: Difference, experiment: Experiment) -> list[str]:
         )
     elif old <= step < experiment.steps and experiment.optimizer.schedule != "constant":
         end, again = (
-            float(schedule(experiment.optimizer, steps)(at))
+            np.asarray(schedule(experiment.optimizer, steps)(at)).item()
             for steps, at in ((old, old - 1), (experiment.steps, step))
         )
         lines.append(

@@ -36,10 +36,11 @@ class Config:
                 raise ValueError(f"optimizer.rule.{name}={getattr(self, name)} must be above 0.")
         if self.floor < 0:
             raise ValueError(f"optimizer.rule.floor={self.floor} must be at least 0.")
-        factored = optax.GradientTransformation(
-            lambda params: _start(params, dims),
-            lambda updates, state, params: _update(self, updates, state, params, dims),
-        )
+
+        def update(updates, state: Any, params=None) -> Any:
+            return _update(self, updates, state, params, dims)
+
+        factored = optax.GradientTransformation(lambda params: _start(params, dims), update)
         return optax.chain(factored, decay, optax.scale_by_learning_rate(rate))
 
 

@@ -11,6 +11,7 @@ Embedding and head are AdamW's. State: one number a weight of a matrix, two else
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import optax
@@ -37,7 +38,7 @@ class Config:
         )
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=True)
         scaled = optax.scale_by_learning_rate(rate)
-        rules = {
+        rules: dict[Any, Any] = {
             "muon": optax.chain(matrices, _matched(axes), decay, scaled),
             "adam": optax.chain(adam, decay, scaled),
         }
