@@ -113,7 +113,9 @@ def test_curves_exponents_and_crossovers():
     assert state == sorted(state) and state[-1] > 100 * state[0]  # keys and values of all tokens
     assert found.columns[1].curves[-1].rows[0] == found.columns[1].curves[-1].rows[-1]
     exponent = found.columns[0].row("train memory, exponent over length")
-    assert exponent is not None and exponent.value and 0 < exponent.value < 2
+    fit = scaling.exponent((8, 16, 32), [row.value for row in drawn["train memory"].rows], 0.99)
+    assert 0 < fit.exponent < 2
+    assert exponent == curves.exponent_row(exponent.name, (8, 16, 32), fit)
     assert {c.kind for c in found.crossovers} == {"train", "prefill", "decode", "train memory"}
 
 
