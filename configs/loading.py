@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
 import traceback
@@ -98,7 +99,10 @@ def _split(argv: list[str], options: Mapping[str, Any]):
             raise UsageError(f"unexpected argument {token!r}: write --option=value.")
         name, text = match.groups()
         if name in HELP and name not in options:
-            print(usage.text(options))
+            try:
+                print(usage.text(options), flush=True)
+            except BrokenPipeError:  # a reader that has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         known = name == "config" or name.startswith("config.") or name in options
         if not known:

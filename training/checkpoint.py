@@ -24,9 +24,9 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from training import guards, leaves, manifest
+from training.manifest import STATE
 from training.manifest import committed as committed
 
-STATE = "state"  # the folder in a step that Orbax fills
 MOST_FAILURES = 3  # failed saves in a row that end a run
 
 # Orbax logs tracebacks from each of its threads; a failed save is reported in one line, here.

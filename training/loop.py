@@ -257,7 +257,7 @@ class _Meter:
         weight, size = metrics.pop("tokens"), metrics.pop("bytes")
         if step % self.every == 0 or step == 1:
             bits = metrics["loss"] * weight / max(size, 1.0) / math.log(2)
-            more = {"bits_per_byte": bits, "tokens_per_s": self.rate()}
+            more = {"bits_per_byte": bits, "tokens_per_s": self.rate(), "targets": weight}
             self.log.record(step, metrics | more | self.position(step))
 
 

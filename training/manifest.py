@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MARK, MANIFEST, MARKER = "frugal.unfinished", "manifest.json", "COMMITTED"
+OURS = (MANIFEST, MARKER)  # and their unfinished forms; MARK goes last
+STATE = "state"  # the folder in a step that Orbax fills, and how its unfinished forms begin
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -122,19 +124,30 @@ def remove(path: Path) -> None:
     """Delete a step that we wrote, in part or whole; leave any other folder, and links, alone.
 
     Its marker goes first and our mark last: a kill in between leaves what can be told as ours.
+    Files that somebody put beside ours stay, and with them the folder.
     """
     if not _is_ours(path):
         return
+    written = _written(path)
     _mark(path)
     (path / MARKER).unlink(missing_ok=True)
     sync_folder(path)
     for inside in path.iterdir():
-        if inside.name != MARK:
-            shutil.rmtree(
-                inside
-            ) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
+        name = inside.name
+        if name in written or name.startswith(STATE) or name.strip(".").startswith(OURS):
+            is_folder = inside.is_dir() and not inside.is_symlink()
+            shutil.rmtree(inside) if is_folder else inside.unlink()
     (path / MARK).unlink()
-    path.rmdir()
+    if _is_empty(path):
+        path.rmdir()
+
+
+def _written(path: Path) -> set[str]:
+    """What the manifest of a step lists, by the first part of each name."""
+    try:
+        return {name.partition("/")[0] for name in read(path)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def is_taken(path: Path) -> bool:
@@ -173,7 +186,10 @@ def damage(path: Path) -> str:
         if str(manifest["step"]) != path.name:
             return MANIFEST
         written, sizes = manifest["files"], _sizes(path)
+        tops = {name.partition("/")[0] for name in written}
         for name in sorted(written.keys() | sizes.keys()):
+            if name not in written and name.partition("/")[0] not in tops:
+                continue  # somebody's file beside ours is no damage
             if name not in written or written[name]["size"] != sizes.get(name):
                 return name
         hashes = _hashes(path, list(written), lambda descriptor: None)

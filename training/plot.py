@@ -44,7 +44,7 @@ def loss_curve(folders: Sequence[str | Path], png_path: str | Path) -> Path:
             if one:
                 _draw(axes, train, validation, "", (ACCENT, WARM))
             else:
-                _draw(axes, train, validation, run.name, (COLOURS[i % len(COLOURS)],) * 2)
+                _draw(axes, train, validation, run.resolve().name, (COLOURS[i % len(COLOURS)],) * 2)
         _frame(axes, found)
         axes.set_xlabel(f"training {units.pop()}")
         axes.set_ylabel("bits per byte")
@@ -81,9 +81,11 @@ def _draw(axes, train: np.ndarray, validation: np.ndarray, run: str, colours) ->
     """One run: its training loss, its validation; `run` "" where it is the only one."""
     x, y = train.T
     smooth = _smooth(x, y)
-    label = f"{run or 'train'}, last {smooth[-1]:.3f}"
+    last = validation[-1, 1] if run and len(validation) else smooth[-1]
+    label = f"{run or 'train'}, last {last:.3f}"
     axes.plot(x, y, color=colours[0], alpha=0.15 if run else 0.25, linewidth=0.8)
-    axes.plot(x, smooth, color=colours[0], linewidth=1.6, label=label)
+    alone = "o" if len(x) == 1 else ""  # a single point is no line
+    axes.plot(x, smooth, alone + "-", color=colours[0], linewidth=1.6, markersize=3, label=label)
     if len(validation):
         label = None if run else f"validation, last {validation[-1, 1]:.3f}"
         look: dict[str, Any] = dict(color=colours[1], markersize=4, linewidth=0.8, zorder=3)
@@ -103,7 +105,8 @@ def _frame(axes, found: list) -> None:
     lowest, top = min(lows), max(tops)
     margin = 0.08 * (top - lowest) + 1e-3
     axes.set_ylim(lowest - margin, top + 2 * margin)
-    axes.set_xlim(0, max(train[:, 0].max() for train, *_ in found) * 1.02)
+    ends = [series[:, 0].max() for *both, _ in found for series in both if len(series)]
+    axes.set_xlim(0, max(ends) * 1.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(color="#d9dce1", linewidth=0.6)

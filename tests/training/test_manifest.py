@@ -122,3 +122,19 @@ def test_only_what_bears_a_mark_of_ours_is_removed(tmp_path):
     (step / manifest.MARKER).unlink()  # the manifest still says whose it is
     manifest.remove(step)
     assert not step.exists()
+
+
+def test_a_file_beside_ours_is_no_damage_and_stays(tmp_path):
+    step = tmp_path / "6"
+    (step / "state").mkdir(parents=True)
+    (step / "state" / "a").write_bytes(b"1")
+    manifest.seal(step, {"step": 6})
+    (step / ".DS_Store").write_bytes(b"")
+    (step / "notes").mkdir()
+    (step / "notes" / "n.txt").write_text("mine")
+    assert manifest.damage(step) == ""
+    (step / "state" / "b").write_bytes(b"2")
+    assert manifest.damage(step) == "state/b", "among ours it is"
+    manifest.remove(step)
+    left = sorted(p.relative_to(step).as_posix() for p in step.rglob("*"))
+    assert left == [".DS_Store", "notes", "notes/n.txt"]
