@@ -56,6 +56,13 @@ def make_trainer(
         return experiment.model.build(nnx.Rngs(key), multiple)
 
     model = nnx.eval_shape(build)
+    rule, platform = experiment.optimizer.rule, mesh.devices.flat[0].platform
+    if getattr(rule, "one_cpu", False) and mesh.size > 1 and platform == "cpu":
+        name = type(rule).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"optimizer.rule={name} waits for ever on {mesh.size} CPU devices. Use one device, or "
+            "another optimizer.rule."
+        )
     if experiment.carry_state and not model.causal:
         raise ValueError(
             "carry_state=True: model.pattern or model.channel holds a bidirectional mixer, which "

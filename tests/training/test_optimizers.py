@@ -276,16 +276,23 @@ def train(given, mesh, steps, state=None):
         return trainer, state, losses
 
 
+SPLIT = [name for name, rule in RULES.items() if not getattr(rule.Config, "one_cpu", False)]
+
+
 def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_learns_splits_and_resumes(name, tmp_path):
-    """On eight devices, in two microbatches and with an average, as on one; resumed bit for bit."""
+    """On eight devices, in two microbatches and with an average, as on one; resumed bit for bit.
+
+    Rules that several CPU devices cannot run take one.
+    """
     average = 0.0 if hasattr(RULES[name].Config, "evaluated") else 0.9
     given = experiment(RULES[name].Config(), accumulation=2, ema=average)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    alone = make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(data=2, fsdp=2, tensor=2) if name in SPLIT else alone
     trainer, state, first = train(given, mesh, 3)
     saved = checkpoint.Checkpoints(tmp_path)
     saved.save(3, state, {})
@@ -296,7 +303,6 @@ def test_a_rule_learns_splits_and_resumes(name, tmp_path):
     _, resumed, others = train(given, mesh, 5, again)
     assert rest == others and same(state._replace(key=0), resumed._replace(key=0))
     assert rest[-1] < first[0] - 0.3, first + rest
-    alone = make_mesh(devices=jax.devices()[:1])
     _, _, losses = train(experiment(RULES[name].Config()), alone, 8)
     np.testing.assert_allclose(first + rest, losses, rtol=2e-3)
     judged = jax.device_get(trainer.weights(state))
@@ -304,7 +310,16 @@ def test_a_rule_learns_splits_and_resumes(name, tmp_path):
     assert not same(judged, state.params)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", sorted(set(RULES) - set(SPLIT)))
+def test_what_several_cpus_cannot_run_is_refused(name):
+    given, mesh = experiment(RULES[name].Config()), make_mesh(data=2, fsdp=2, tensor=2)
+    with pytest.raises(
+        ValueError, match=rf"^optimizer.rule={name} waits .* on 8 CPU devices\. Use"
+    ):
+        make_trainer(given, mesh, np.ones(257))
+
+
+@pytest.mark.parametrize("name", SPLIT)
 def test_state_lies_where_its_weights_do(name):
     """Of what a rule keeps of a map of the stream, no device holds all."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)

@@ -14,7 +14,7 @@ numbers a weight and, for a matrix, two squares of each side of at most `longest
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from training import names
 @dataclasses.dataclass
 class Config:
     """Settings of SOAP."""
+
+    one_cpu: ClassVar[bool] = True  # on several CPU devices a step has been seen to wait for ever
 
     b1: float = 0.95  # how much of the mean of gradients a step keeps
     b2: float = 0.95  # the same of the mean of squares, and of the factors
