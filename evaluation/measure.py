@@ -154,7 +154,12 @@ def sized(subjects: Sequence[Subject], text: str) -> list[str]:
 
 
 def write_sized(subjects: Sequence[Subject], folder: str) -> list[str]:
-    """Write every config as it is now, a JSON file each that train.py takes; a line for each."""
+    """Write every config as it is now, a JSON file each that train.py takes; a line for each.
+
+    Nothing is written where no folder is named.
+    """
+    if not folder:
+        return []
     Path(folder).mkdir(parents=True, exist_ok=True)
     lines, used = [], set()
     for subject in subjects:
@@ -173,12 +178,11 @@ def measure(
 ) -> Report:
     """Measure `groups` of rows, and the curves that the options ask for; eval.py's OPTIONS."""
     last, notes = len(subjects) - 1, []
+    by_money = options["match"] == "dollars"  # which takes times: it is matched after those
     if not -1 <= options["column"] <= last:
         raise ValueError(f"--column={options['column']} must be -1 (all) to {last}.")
-    if options["match"] not in ("", "dollars"):
-        notes = sized(subjects, options["match"])
-    if options["sized"] and options["match"] not in ("", "dollars"):
-        notes = [*notes, *write_sized(subjects, options["sized"])]
+    if options["match"] and not by_money:
+        notes = sized(subjects, options["match"]) + write_sized(subjects, options["sized"])
     if options["column"] >= 0:
         subjects = subjects[options["column"] :][:1]
     bench = Bench(subjects, options)
@@ -189,9 +193,8 @@ def measure(
         found["peak"] = _peaks(subjects, options, alone=list(groups) == ["peak"])
     if TIMED & set(groups):
         bench.time()
-        if options["match"] == "dollars":
-            notes = bench.spend_alike()
-            notes += write_sized(subjects, options["sized"]) if options["sized"] else []
+        if by_money:
+            notes = bench.spend_alike() + write_sized(subjects, options["sized"])
     if "latency" in groups:
         found["latency"] = speed.latency(subjects, options["seconds"])
     one: dict[str, Callable[[int], list[Row]]] = {

@@ -21,7 +21,7 @@ from resources.row import Row, not_available
 
 CONTEXTS = {"1k": 1024, "4k": 4096, "64k": 65536, "1M": 2**20}  # tokens before a state is weighed
 NO_STATE = "an encoder keeps no state"
-_NO_MORE = "--html= --markdown= --csv= --curves= --profile=0 --pareto=".split()
+_NO_MORE = "--html= --markdown= --csv= --sized= --curves= --profile=0 --pareto=".split()
 
 
 def parameters(subject: Subject) -> list[Row]:

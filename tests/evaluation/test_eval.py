@@ -276,7 +276,7 @@ def test_the_process_of_the_peak_does_nothing_else(monkeypatch, tmp_path):
     """Its one row has no curve, no rank, and no place in the files of the whole report."""
     (tmp_path / "tiny.py").write_text(CONFIG)
     config = f"--config={tmp_path / 'tiny.py'}"
-    files = "--json=a.json", "--html=a.html", "--markdown=a.md", "--csv=a.csv"
+    files = "--json=a.json", "--html=a.html", "--markdown=a.md", "--csv=a.csv", "--sized=a"
     more = "--curves=length:8,16,32", "--profile=3", "--pareto=train throughput", "--watts=65"
     monkeypatch.setattr(sys, "argv", ["eval.py", config, config, *files, *more])
     commands = []
