@@ -149,7 +149,7 @@ def test_costs_of_launches_are_the_formulas():
 
 
 def test_float64_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(dispatch, "interpreter", lambda: None)
+    monkeypatch.setattr(setting, "interpreter", lambda: None)
     with jax.enable_x64(True):
         given = {n: jnp.zeros((1, 8, 2, 8), np.float64) for n in "qkv"}
         with pytest.raises(ValueError) as error:
