@@ -92,7 +92,7 @@ OUTSIDE = {  # what the step's program does not depend on
 REFUSALS = (  # reasons that a pair may be refused for
     r"data\.batch=1 does not split over 2 devices\. Use 2\.",
     r"optimizer\.accumulation=\d does not divide data\.batch=\d\. Use \d, or data\.batch=\d\.",
-    r"optimizer\.rule=soap waits for ever on \d CPU devices\. Use .*",
+    r"optimizer\.rule=soap waits for ever on \d CPU devices .*\. Use .*",
     r"optimizer\.ema=[\d.]+ averages weights that schedule_free averages by itself\. Use .*",
     r"model\.predict=\d is for objective='next'; an encoder needs predict=1\.",
     r"carry_state=True: .* holds a bidirectional mixer, .* Use carry_state=False\.",
@@ -228,7 +228,7 @@ def clash(a: Change, b: Change) -> bool:
         for x, y in (
             ("model.objective", "model.predict"),
             ("optimizer.ema", "optimizer.rule"),  # Schedule-Free averages by itself
-            *(("optimizer.rule", f"mesh.{axis}") for axis in AXES),  # SOAP takes one CPU device
+            *(("optimizer.rule", f"mesh.{axis}") for axis in AXES),  # see soap.Config.one_cpu
             ("data.batch", "mesh.data"),
             ("data.batch", "mesh.fsdp"),
             ("data.batch", "optimizer.accumulation"),

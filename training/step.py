@@ -60,8 +60,8 @@ def make_trainer(
     if getattr(rule, "one_cpu", False) and mesh.size > 1 and platform == "cpu":
         name = type(rule).__module__.rpartition(".")[2]
         raise ValueError(
-            f"optimizer.rule={name} waits for ever on {mesh.size} CPU devices. Use one device, or "
-            "another optimizer.rule."
+            f"optimizer.rule={name} waits for ever on {mesh.size} CPU devices with this version of "
+            "jaxlib. Use one device, Python 3.12 with its jaxlib, or another optimizer.rule."
         )
     if experiment.carry_state and not model.causal:
         raise ValueError(

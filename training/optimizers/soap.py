@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import optax
 
 from training import names
@@ -27,7 +28,8 @@ from training import names
 class Config:
     """Settings of SOAP."""
 
-    one_cpu: ClassVar[bool] = True  # on several CPU devices a step has been seen to wait for ever
+    # The eigh of jaxlib 0.10 waits for ever beside collectives between CPU devices; 0.12's does not.
+    one_cpu: ClassVar[bool] = jaxlib.__version__.startswith("0.10.")
 
     b1: float = 0.95  # how much of the mean of gradients a step keeps
     b2: float = 0.95  # the same of the mean of squares, and of the factors
