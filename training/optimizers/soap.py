@@ -28,7 +28,7 @@ from training import names
 class Config:
     """Settings of SOAP."""
 
-    # The eigh of jaxlib 0.10 waits for ever beside collectives between CPU devices; 0.12's does not.
+    # Until jaxlib 0.12, eigh beside collectives between CPU devices waits for ever.
     one_cpu: ClassVar[bool] = jaxlib.__version__.startswith("0.10.")
 
     b1: float = 0.95  # how much of the mean of gradients a step keeps
