@@ -29,7 +29,7 @@ import pytest
 from hypothesis import strategies as st
 
 from kernels import dispatch, setting
-from tests.tolerance import assert_close
+from tests.tolerance import TOLERANCE, assert_close, rms
 
 FOLDER = Path(dispatch.__file__).parent
 
@@ -252,6 +252,17 @@ def negligible(operation, arguments, cotangents, outputs) -> dict[str, float]:
     return {name: 0.05 * loss / max(norm(v), 1e-30) for name, v in variables.items()}
 
 
+def usual(operation: str, arguments: dict, seed: int) -> dict[str, float]:
+    """For every argument, the median norm of its gradient under other random cotangents.
+
+    A gradient that sums a few terms may nearly vanish by chance: its error is that of the terms.
+    """
+    shapes = output_shapes(operation, "ref", arguments)
+    others = [draw_cotangents(shapes, seed + n) for n in range(1, 10)]
+    found = [evaluate(operation, "ref", arguments, other, wide=True)[1] for other in others]
+    return {name: float(np.median([norm(one[name]) for one in found])) for name in found[0]}
+
+
 def norm(array: np.ndarray) -> float:
     return float(np.linalg.norm(array.astype(np.float64)))
 
@@ -268,7 +279,10 @@ def assert_matches_reference(operation, impl, arguments, dtype, *, seed=0, wide=
         assert_close(found, want, dtype, f"output {position}")
     least = negligible(operation, arguments, cotangents, expected)
     for name, want in slopes.items():
-        assert_close(gradients[name], want, dtype, f"gradient of {name}", least[name])
+        size = least[name]
+        if rms(gradients[name], want, size) > TOLERANCE[dtype]:
+            size = max(size, usual(operation, arguments, seed)[name])
+        assert_close(gradients[name], want, dtype, f"gradient of {name}", size)
     if arguments.get("segments") is not None:
         assert_padding_is_silent(operation, arguments["segments"], outputs, gradients)
 

@@ -12,17 +12,16 @@ def draw(rng: np.random.Generator, *, batch, length, dtype, extreme=False) -> di
     """Keyword arguments; the length modulo 4 says what joins the scores.
 
     3: nothing; else sinks and gates, with 0 a soft cap besides, with 2 a window. `extreme` adds 90
-    to the scores of every other group, -90 to the rest, and mixes gates that forget at once with
+    to the scores of every other head, -90 to the rest, and mixes gates that forget at once with
     gates that never do. So exp(score) overflows or vanishes while the softmax, and with it every
     gradient, keeps its size. Scores spread over +-90 would saturate the softmax, and the gradients
-    of a saturated softmax are differences smaller than float32 resolves; both signs in one group
-    would nearly cancel in the gradient of its keys.
+    of a saturated softmax are differences smaller than float32 resolves.
     """
     q, k, v = (
         rng.normal(size=(batch, length, heads, dim))
         for heads, dim in ((HEADS, KEY), (GROUPS, KEY), (GROUPS, VALUE))
     )
-    level = LEVEL * np.where(np.arange(HEADS) * GROUPS // HEADS % 2, -1, 1)
+    level = LEVEL * np.where(np.arange(HEADS) % 2, -1, 1)
     capped = length % 4 == 0
     if extreme:
         q[..., 0] = level * KEY**0.5
@@ -36,7 +35,7 @@ def draw(rng: np.random.Generator, *, batch, length, dtype, extreme=False) -> di
         arrays["log_forget"] = -np.logaddexp(0, -rng.normal(2, 2, (batch, length, HEADS)))
         if extreme:  # two of the sinks as high as the scores
             level = SOFTCAP * np.tanh(level / SOFTCAP) if capped else level
-            arrays["sinks"] += np.where(np.arange(HEADS) % 2, 0, level)
+            arrays["sinks"] += np.where(np.arange(HEADS) < HEADS // 2, level, 0)
             arrays["log_forget"] = rng.choice([-1e-4, -30.0], size=(batch, length, HEADS))
     return {name: array.astype(dtype) for name, array in arrays.items()} | settings
 
