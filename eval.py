@@ -7,6 +7,7 @@ python eval.py --curves RUN [RUN ...] [--out=curves.png] draws their loss curves
 Exit codes: 0 done, 2 bad configuration, 3 no usable checkpoint in --workdir.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,13 +45,15 @@ def main() -> int:
     launch.prepare()
     if sys.argv[1:2] == ["--compare"]:
         return compare(sys.argv[2:])
-    if sys.argv[1:2] == ["--curves"] and "--config" not in " ".join(sys.argv):
-        return loss_curves(sys.argv[2:])
+    if (drawn := of_curves(sys.argv[1:])) is not None:
+        return loss_curves(drawn)
     experiments, options = loading.parse(sys.argv[1:], OPTIONS, otherwise=of_runs)
     from evaluation import groups
 
     with loading.configuration():
         chosen = groups.choose(options["only"])
+        if options["sized"] and not options["match"]:
+            raise ValueError("--sized=DIR holds what --match makes of the configs. Give --match.")
     from evaluation import measure, subject
     from parallel import compile_cache, host
     from report import table
@@ -73,8 +76,17 @@ def main() -> int:
 
 
 def of_runs(options: dict) -> list[str]:
-    """The configs that the runs of --workdir have written."""
-    return [f"{folder}/config.json" for folder in options["workdir"].split(",") if folder]
+    """The configs that the runs of --workdir have written; their checkpoints know a lost one."""
+    folders = [Path(folder) for folder in options["workdir"].split(",") if folder]
+    for folder in folders:
+        try:
+            json.loads((folder / "config.json").read_bytes())
+        except (OSError, ValueError):
+            from training import runs
+
+            with loading.configuration():
+                runs.recover(folder)
+    return [str(folder / "config.json") for folder in folders]
 
 
 def compare(files: list[str]) -> int:
@@ -90,21 +102,33 @@ def compare(files: list[str]) -> int:
     return 0
 
 
+def of_curves(argv: list[str]) -> list[str] | None:
+    """What follows --curves, where it draws runs: that of configs is measured over sizes."""
+    option, equals, first = (argv or [""])[0].partition("=")
+    if option != "--curves" or any(word.startswith(("--config", "--workdir")) for word in argv):
+        return None
+    return [first] * bool(equals) + argv[1:]
+
+
 def loss_curves(given: list[str]) -> int:
     """Draw the loss curves of several runs, named by their folders, in one picture."""
     from training import plot
 
-    named = [word.removeprefix("--out=") for word in given if word.startswith("--out=")]
-    folders = [word for word in given if not word.startswith("--out=")]
+    folders, out, words = [], "curves.png", iter(given)
+    for word in words:
+        if word.partition("=")[0] == "--out":
+            out = word.partition("=")[2] or next(words, "")
+        else:
+            folders.append(word)
     with loading.configuration():
-        for path in (*folders, *named):
+        for path in (*folders, out):
             schema.on_disk(path, "--curves")
-        wrong = [word for word in folders if word.startswith("-")]
-        if wrong or not folders:
+        wrong = [word for word in folders if word.startswith("-") or not word]
+        if wrong or not folders or not out:
             raise ValueError(
                 f"--curves takes folders of runs and --out=FILE, not {wrong or 'none'}."
             )
-        print(plot.loss_curve(folders, (named or ["curves.png"])[-1]))
+        print(plot.loss_curve(folders, out))
     return 0
 
 

@@ -61,7 +61,7 @@ def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         jax.distributed.initialize(*given)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed found no job to join ({str(error).splitlines()[0]}). Give "
+            f"there is no job to join ({str(error).splitlines()[0]}). Give "
             "--coordinator=HOST:PORT --processes=N --process=I, I from 0, or set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error

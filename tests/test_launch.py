@@ -156,10 +156,10 @@ def test_no_tpu_is_asked_that_is_not_there():
 @pytest.mark.parametrize(
     ("given", "variables", "words"),
     [
-        (("", 0, -1), {}, "--distributed found no job to join (coordinator_address should be"),
+        (("", 0, -1), {}, "there is no job to join (coordinator_address should be"),
         (("host", 2, 0), {}, "the coordinator 'host' must be HOST:PORT"),
         (("host:1", 2, 2), {}, "process 2 of 2 must be 0 to 1."),
-        (("host:1", 2, -1), {}, "--distributed found no job to join (The process id"),
+        (("host:1", 2, -1), {}, "there is no job to join (The process id"),
         (("", 0, 0), {"JAX_COORDINATOR_ADDRESS": "host:1"}, "(Number of processes"),
         (("", 0, -1), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is no number."),
         (("host:1", 0, -1), {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "3"}, "process 3 of 2"),

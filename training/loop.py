@@ -225,6 +225,7 @@ class _Meter:
         self.start, self.tokens = start, tokens  # the step resumed from, and tokens up to there
         self.log, self.every = log, experiment.log_every
         self.bad = guards.BadSteps(experiment.guards.max_bad_steps)
+        self.last = experiment.steps
         self.tokens_per_step = experiment.data.batch * experiment.data.length
         self.pending: tuple[int, dict] | None = None
         self.steps, self.seconds = -1, 0.0  # the first step of a process is left out
@@ -255,7 +256,7 @@ class _Meter:
         self.bad.update(bool(metrics.pop("finite")), step)
         self.steps += 1
         weight, size = metrics.pop("tokens"), metrics.pop("bytes")
-        if step % self.every == 0 or step == 1:
+        if step % self.every == 0 or step in (1, self.last):
             bits = metrics["loss"] * weight / max(size, 1.0) / math.log(2)
             more = {"bits_per_byte": bits, "tokens_per_s": self.rate(), "targets": weight}
             self.log.record(step, metrics | more | self.position(step))

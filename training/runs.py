@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from configs.schema import Change, Data, Experiment
 from data.tokenizers import Tokenizer, open_tokenizer
 from models import lm
 from parallel.mesh import make_mesh
-from training import checkpoint
+from training import checkpoint, manifest
 from training.step import make_trainer
 from training.update import schedule
 
@@ -42,6 +42,7 @@ HOW = (
     "optimizer.accumulation",
 )
 STATE = ("carry_state", "optimizer.rule")  # they say what a state holds beside the weights
+CARRIED = ("data.batch", "data.length")  # and these what it carries with carry_state=True
 NUMBERS = ("model.dtype",)  # of a model, what may change all the same
 ROWS = ("data.batch", "data.length", "data.layout", "data.seed")  # they number the rows anew
 WRITTEN = (CONFIG, "environment.json", "metrics.jsonl", "events.jsonl", "loss.png", "loss.svg")
@@ -107,12 +108,34 @@ def stored(folder: Path, meta: dict | None = None) -> dict | None:
     """The same as JSON values, whatever they say; None where there is no config of a run."""
     if meta and "config" in meta:
         return meta["config"]
-    try:
-        values = json.loads((Path(folder) / CONFIG).read_bytes())
-    except (OSError, ValueError):
-        return None
+    values = _written(folder)
     is_ours = isinstance(values, dict) and values.get("class") == "configs.schema.Experiment"
     return values if is_ours else None
+
+
+def _written(folder: Path) -> Any:
+    """What config.json says; None where there is none, or none that can be read."""
+    try:
+        return json.loads((Path(folder) / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def recover(workdir: str | Path) -> None:
+    """Write a config.json that is lost or torn again, from the newest checkpoint.
+
+    Raises ValueError where there is no checkpoint that has it.
+    """
+    folder = Path(workdir)
+    meta = checkpoint.peek(folder / CHECKPOINTS) or {}
+    if "config" not in meta:
+        raise ValueError(
+            f"workdir={workdir} holds no {CONFIG} of a run that can be read, and no checkpoint "
+            "that has it. Name the folder of a run."
+        )
+    content = json.dumps(meta["config"], indent=1).encode() + b"\n"
+    manifest.write_atomic(folder / CONFIG, content)
+    print(f"{folder / CONFIG} was lost or torn: it is written again, from step {meta['step']}.")
 
 
 def describe(experiment: Experiment, tokenizer: Tokenizer, corpus: str) -> dict:
@@ -151,7 +174,8 @@ def difference(folder: Path, meta: dict, experiment: Experiment, corpus: str = "
     texts = _contents(found, old["data"], "source", meta.get("data"), corpus)
     rest = [c for c in found if c.key not in ("data.tokenizer", "data.source")]
     model = [c for c in rest if within(c.key, ("model",)) and c.key not in NUMBERS]
-    state = [c for c in rest if c.key in STATE or _starts_average(c)]
+    held = STATE + CARRIED * experiment.carry_state
+    state = [c for c in rest if c.key in held or _starts_average(c)]
     rest = [c for c in rest if c not in model and c not in state]
     return Difference(model + words, state, texts, rest)
 
@@ -216,8 +240,10 @@ def remarks(meta: dict, found: Difference, experiment: Experiment) -> list[str]:
     changed = [change for change in found.rest if change.key != "steps"]
     if changed:
         text = f"resume: changed since step {step}: {'; '.join(map(str, changed))}."
-        again = " Rows are numbered anew: some come twice, others later or never."
-        lines.append(text + again * any(change.key in ROWS for change in changed))
+        if any(change.key in ROWS for change in changed):
+            text += " Rows are numbered anew: some come twice, others later or never."
+            text += " The first of them go on from the old rows' state." * experiment.carry_state
+        lines.append(text)
     old = next((change.old for change in found.rest if change.key == "steps"), experiment.steps)
     if experiment.steps < step:
         lines.append(
@@ -234,7 +260,8 @@ def remarks(meta: dict, found: Difference, experiment: Experiment) -> list[str]:
             f"steps={experiment.steps} it goes on at {again:.3g} ({experiment.optimizer.schedule})."
         )
     elif old != experiment.steps:
-        lines.append(f"resume: steps {old}, now {experiment.steps}; the schedule follows.")
+        follows = "" if experiment.optimizer.schedule == "constant" else "; the schedule follows"
+        lines.append(f"resume: steps {old}, now {experiment.steps}{follows}.")
     return lines
 
 
@@ -242,7 +269,7 @@ def refuse_foreign(workdir: Path) -> None:
     """ValueError if `workdir` holds files under the names of a run's that no run of ours wrote."""
     folder = Path(workdir)
     there = [name for name in WRITTEN if (folder / name).exists()]
-    lost = not (folder / CONFIG).exists() and checkpoint.committed(folder / CHECKPOINTS)
+    lost = _written(folder) is None and checkpoint.committed(folder / CHECKPOINTS)
     if there and stored(folder) is None and not lost:
         raise ValueError(
             f"workdir={workdir} holds {', '.join(there)}, which no run of this program wrote and "

@@ -23,9 +23,10 @@ class Trace:
             return
         check(span, steps)
         if self._last <= done and not self._folder.exists():
+            later = f"Trace a step after {done}, or leave" if done < steps else "Leave"
             raise ValueError(
                 f"--profile={self._first}:{self._last}: the run has done {done} of {steps} steps. "
-                f"Trace a step after {done}, or leave --profile out."
+                f"{later} --profile out."
             )
 
     def __enter__(self) -> "Trace":

@@ -119,7 +119,7 @@ def test_how_it_is_trained_may_change_without_a_word(again, given, corpora, tmp_
         "data__source": f"text:{corpora / 'twin'}",  # the same text
     }
     result, said = again(**steady, **how)
-    assert said == ["resume: steps 4, now 8; the schedule follows."]
+    assert said == ["resume: steps 4, now 8."]
     found = losses(result)
     assert set(found) == {1, 2, 3, 4, 6, 8}
     np.testing.assert_allclose([found[i] for i in found], [whole[i] for i in found], rtol=1e-4)
@@ -303,6 +303,32 @@ def test_a_last_step_that_cannot_be_saved_is_refused_before_training(given, tmp_
     with pytest.raises(checkpoint.NoUsableCheckpoint) as caught:
         loop.train(given(steps=6), str(tmp_path), None)
     assert caught.value.code == 3 and (taken / "weights").read_text() == "of another program"
+
+
+@pytest.mark.parametrize("damage", ["lost", "torn"])
+def test_a_config_that_is_damaged_is_taken_from_the_checkpoint(finished, given, damage):
+    folder = shutil.copytree(finished[0], finished[0].parent / damage)
+    whole, file = (folder / "config.json").read_bytes(), folder / "config.json"
+    for read in (lambda: runs.recover(folder), lambda: loop.train(given(), str(folder), None)):
+        file.unlink() if damage == "lost" else file.write_bytes(whole[:100])
+        read()
+        assert file.read_bytes() == whole
+
+
+def test_carried_states_belong_to_their_rows(given, tmp_path, capsys):
+    stream = {"carry_state": True, "data__layout": "stream"}
+    loop.train(given(**stream), str(tmp_path / "x"), None)
+    for key, old, new in (("batch", 4, 2), ("length", 8, 4)):
+        with pytest.raises(ValueError, match=rf"with data\.{key} {old}, now {new}\. Use another"):
+            loop.train(given(**stream, **{f"data__{key}": new}), str(tmp_path / "x"), None)
+    capsys.readouterr()
+    loop.train(given(**stream, data__seed=5, steps=6), str(tmp_path / "x"), None)
+    assert "or never. The first of them go on from the old rows' state." in capsys.readouterr().out
+
+
+def test_the_last_step_is_on_record(given, tmp_path):
+    result = loop.train(given(log_every=3), str(tmp_path), None)
+    assert set(losses(result)) == {1, 3, STEPS}
 
 
 def test_many_epochs_are_said(given):
