@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import setting, tpu
-from tests import test_kernels as generic
+from tests import operations as generic
 from tests.tolerance import assert_close
 
 DETECTOR = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
