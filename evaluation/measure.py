@@ -74,18 +74,24 @@ class Bench:
 
     def joules(self, i: int) -> list[Row]:
         """Joules a token of each kind of call, and the energy and emissions of the whole run."""
-        subject, found = self.subjects[i], []
-        for kind, all in self.timed.items():
-            timed = all[i]
-            if timed is None:
-                found.append(not_available(f"{kind} energy", "J/token", speed.ENCODER))
-                continue
-            spent = timed.timing.median, timed.tokens, self.device, _boards(subject)
-            counted = self._counted(subject, kind)
-            found += energy.rows(kind, counted, *spent, self.assumptions)
+        subject = self.subjects[i]
+        measured = lambda kind, *spent: energy.rows(kind, self._counted(subject, kind), *spent)
+        found = self._each_call(i, "energy", "J/token", measured)
         steps = subject.experiment.steps
         run = energy.run_rows(found[0], steps, subject.tokens, self.assumptions)
         return found + run + self.idle
+
+    def _each_call(self, i: int, what: str, unit: str, one: Callable[..., list[Row]]) -> list[Row]:
+        """`one(kind, seconds, tokens, device, devices, assumptions)` of each kind of call."""
+        found: list[Row] = []
+        for kind, all in self.timed.items():
+            timed = all[i]
+            if timed is None:
+                found.append(not_available(f"{kind} {what}", unit, speed.ENCODER))
+                continue
+            spent = timed.timing.median, timed.tokens, self.device, _boards(self.subjects[i])
+            found += one(kind, *spent, self.assumptions)
+        return found
 
     def _counted(self, subject: Subject, kind: str) -> energy.Energy | str:
         """Measured, or why not."""
@@ -97,14 +103,7 @@ class Bench:
     def dollars(self, i: int) -> list[Row]:
         """Dollars a million tokens of each kind of call, and of the whole run."""
         subject = self.subjects[i]
-        found: list[Row] = []
-        for kind, all in self.timed.items():
-            timed = all[i]
-            if timed is None:
-                found.append(not_available(f"{kind} cost", "$/Mtok", speed.ENCODER))
-                continue
-            spent = timed.timing.median, timed.tokens, self.device, _boards(subject)
-            found += money.rows(kind, *spent, self.assumptions)
+        found = self._each_call(i, "cost", "$/Mtok", money.rows)
         steps = subject.experiment.steps
         weights = int(rows.parameters(subject)[0].value or 0)
         loss = self.options["loss"] or None
@@ -215,8 +214,29 @@ def measure(
         curves.Swept(subjects, axis, sizes, options["seconds"])
         for axis, sizes in curves.parse(options["curves"])
     ]
+    columns = _columns(subjects, {group: found[group] for group in groups}, swept, options)
+    contests = bench.contests() if "speed" in groups else []
+    crossovers = [crossover for one in swept for crossover in one.crossovers()]
+    return Report(
+        columns,
+        throughput.device_name(),
+        report.versions(),
+        report.commit(),
+        contests,
+        crossovers,
+        notes,
+    )
+
+
+def _columns(
+    subjects: Sequence[Subject],
+    found: Mapping[str, list[list[Row]]],
+    swept: Sequence[curves.Swept],
+    options: Mapping[str, Any],
+) -> list[Column]:
+    """A column for each config, with its profile and its rank where the options ask for them."""
     columns = [
-        _column(subject, {group: found[group][i] for group in groups}, swept, i)
+        _column(subject, {group: lines[i] for group, lines in found.items()}, swept, i)
         for i, subject in enumerate(subjects)
     ]
     if options["profile"]:
@@ -229,17 +249,7 @@ def measure(
         columns = [
             _with(column, "quality", rank) for column, rank in zip(columns, ranks, strict=True)
         ]
-    contests = bench.contests() if "speed" in groups else []
-    crossovers = [crossover for one in swept for crossover in one.crossovers()]
-    return Report(
-        columns,
-        throughput.device_name(),
-        report.versions(),
-        report.commit(),
-        contests,
-        crossovers,
-        notes,
-    )
+    return columns
 
 
 def _column(
