@@ -73,19 +73,21 @@ def call(
     bounds = copies or [steps] * (len(ins) + len(outs))
     blocks = zip((*ins, *outs), (*arrays, *shapes), bounds, strict=True)
     moved = sum(_bytes(spec, x, grid, lists, bound) for spec, x, bound in blocks)
-    flops = _body_flops(traced)
-    cost = pl.CostEstimate(
+    return tuple(build(_cost(traced, steps, moved))(*lists, *arrays))
+
+
+def _cost(traced, steps: int, moved: int) -> pl.CostEstimate:
+    """Of a traced call whose `steps` steps move `moved` bytes.
+
+    Kernels with matrix products are counted by those, as papers do.
+    """
+    (eqn,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "pallas_call")
+    flops = Walk().run(eqn.params["jaxpr"])  # of one step
+    return pl.CostEstimate(
         flops=int(steps * (flops.matmul or flops.elementwise)),
         transcendentals=int(steps * flops.transcendental),
         bytes_accessed=int(moved),
     )
-    return tuple(build(cost)(*lists, *arrays))
-
-
-def _body_flops(traced):
-    """One grid step's count. Kernels with matrix products are counted by those, as papers do."""
-    (eqn,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "pallas_call")
-    return Walk().run(eqn.params["jaxpr"])
 
 
 def _bytes(spec: Any, x: Any, grid, lists, bound: int) -> int:

@@ -48,11 +48,7 @@ def attention(
             f"(cached_attention takes keys of another length)."
         )
     packed.check(segments, q.shape[0], q.shape[1])
-    check_window(window)
-    if window and not causal:
-        raise ValueError(
-            f"window is {window} with causal=False; a window needs causal=True (or use window=0)."
-        )
+    check_window(window, causal)
     if log_forget is not None and not causal:
         raise ValueError(
             "log_forget is given with causal=False; forgetting needs causal=True "
@@ -113,21 +109,7 @@ def cached_attention(
     softcap and on a scale that is not positive.
     """
     check_heads(q, k, v)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has batch size {k.shape[0]}; it must be q's, {q.shape[0]}.")
-    for name, array, legal in (
-        ("positions", positions, q.shape[:2]),
-        ("kv_positions", kv_positions, k.shape[:2]),
-    ):
-        if array.shape != legal or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(
-                f"{name} has shape {array.shape} and dtype {array.dtype}; it must be {legal} int32."
-            )
-    if (segments is None) != (kv_segments is None):
-        given, missing = ("kv_segments", "segments")[:: 1 if segments is None else -1]
-        raise ValueError(f"{given} is given without {missing}; give both or neither.")
-    packed.check(segments, q.shape[0], q.shape[1])
-    check_kv_segments(kv_segments, k)
+    check_cache(q, k, positions, kv_positions, segments, kv_segments)
     check_window(window)
     check_head_numbers("bias_q", bias_q, q.shape[:3])
     check_head_numbers("bias_k", bias_k, (*k.shape[:2], q.shape[2]))
@@ -171,21 +153,45 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
         )
 
 
-def check_kv_segments(kv_segments: Array | None, k: Array) -> None:
-    """Raise unless `kv_segments` is None or an integer array (B, S) like k."""
-    if kv_segments is None:
-        return
-    if kv_segments.shape != k.shape[:2] or not jnp.issubdtype(kv_segments.dtype, jnp.integer):
-        raise ValueError(
-            f"kv_segments has shape {kv_segments.shape} and dtype {kv_segments.dtype}; "
-            f"it must be {k.shape[:2]} int32, like k's (batch, time)."
-        )
+def check_cache(
+    q: Array,
+    k: Array,
+    positions: Array,
+    kv_positions: Array,
+    segments: Array | None,
+    kv_segments: Array | None,
+) -> None:
+    """Raise unless a cache has q's rows, and integers (B, T) or (B, S) for every token and slot.
+
+    Segments may be left out, but not one of the two alone.
+    """
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k has batch size {k.shape[0]}; it must be q's, {q.shape[0]}.")
+    for name, array, legal in (
+        ("positions", positions, q.shape[:2]),
+        ("kv_positions", kv_positions, k.shape[:2]),
+        ("segments", segments, q.shape[:2]),
+        ("kv_segments", kv_segments, k.shape[:2]),
+    ):
+        if array is None:
+            continue
+        if array.shape != legal or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} has shape {array.shape} and dtype {array.dtype}; it must be {legal} int32."
+            )
+    if (segments is None) != (kv_segments is None):
+        given, missing = ("kv_segments", "segments")[:: 1 if segments is None else -1]
+        raise ValueError(f"{given} is given without {missing}; give both or neither.")
 
 
-def check_window(window: int) -> None:
-    """Raise unless window is 0 (off) or positive."""
+def check_window(window: int, causal: bool = True) -> None:
+    """Raise unless window is 0 (off), or positive and causal."""
     if window < 0:
         raise ValueError(f"window is {window}; it must be 0 (off) or a positive number of tokens.")
+    if window and not causal:
+        raise ValueError(
+            f"window is {window} with causal=False; a window needs causal=True (or use window=0)."
+        )
 
 
 def check_head_numbers(name: str, array: Array | None, legal: tuple[int, ...]) -> None:

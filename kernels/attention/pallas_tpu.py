@@ -484,11 +484,15 @@ def _backward_call(form, rule, laid, given, first, count):
             "sum_dk_sums": ((heads, size), wide) if forgets else None,
         },
     )
-    missing = laid.q.shape[2] // size - stop
+    return _of_all_keys(found, size, start, laid.q.shape[2] // size - stop)
+
+
+def _of_all_keys(found: dict[str, Array], size: int, before: int, after: int) -> dict[str, Array]:
+    """The gradients with zeros for the blocks of keys before and after those that were walked."""
     for name, axis, unit in (("dk", 3, size), ("dv", 3, size), ("dk_sums", 2, 1)):
         if name in found:
             widths = [(0, 0)] * found[name].ndim
-            widths[axis] = (start * unit, missing * unit)
+            widths[axis] = (before * unit, after * unit)
             found[name] = jnp.pad(found[name], widths)
     return found
 
@@ -506,14 +510,7 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
 
     @pl.when(marks & OPENS != 0)
     def _():
-        for ref in (refs.open_dq, refs.open_dq_sums):
-            if ref is not None:
-                ref[slot] = jnp.zeros(ref.shape[1:], ref.dtype)
-        for h in range(form.heads):
-            product_CV = refs.o[h].astype(refs.open_delta.dtype) * refs.do[h]
-            refs.open_delta[slot, h : h + 1] = product_CV.T.sum(axis=0, keepdims=True)
-        if refs.delta is not None:
-            refs.delta[...] = refs.open_delta[slot]
+        _open(form, refs, slot)
 
     def step(masked):
         seen_SC = _seen(form, rule, refs, i, j) if masked else None
@@ -554,6 +551,18 @@ def _backward_body(form: Form, rule: Rule, first: int, refs, n, marks, i, j):
             refs.dq[h] = (rule.scale * refs.open_dq[slot, h].T).astype(refs.dq.dtype)
         if refs.dq_sums is not None:
             refs.dq_sums[...] = refs.open_dq_sums[slot]
+
+
+def _open(form: Form, refs, slot) -> None:
+    """Begin with a block of queries: no gradients yet, and the sums over V of o do."""
+    for ref in (refs.open_dq, refs.open_dq_sums):
+        if ref is not None:
+            ref[slot] = jnp.zeros(ref.shape[1:], ref.dtype)
+    for h in range(form.heads):
+        product_CV = refs.o[h].astype(refs.open_delta.dtype) * refs.do[h]
+        refs.open_delta[slot, h : h + 1] = product_CV.T.sum(axis=0, keepdims=True)
+    if refs.delta is not None:
+        refs.delta[...] = refs.open_delta[slot]
 
 
 _flash.defvjp(_save, _backward)

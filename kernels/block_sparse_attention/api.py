@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels import segments as packed
-from kernels.attention.api import check_heads, check_scale
+from kernels.attention.api import check_cache, check_heads, check_scale, check_window
 
 
 def block_sparse_attention(
@@ -57,11 +57,7 @@ def block_sparse_attention(
     if query_block < 0:
         raise ValueError(f"query_block is {query_block}; it must be 0 (as block) or at least 1.")
     indices = _check_lists(q, k, indices, block, query_block or block)
-    _check_window(window)
-    if window and not causal:
-        raise ValueError(
-            f"window is {window} with causal=False; a window needs causal=True (or use window=0)."
-        )
+    check_window(window, causal)
     run = dispatch.choose("block_sparse_attention", "block_sparse_attention", impl)
     return run(
         q,
@@ -103,27 +99,11 @@ def cached_block_sparse_attention(
     `block_sparse_attention`; one of segments and kv_segments without the other raises ValueError.
     """
     check_heads(q, k, v)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has batch size {k.shape[0]}; it must be q's, {q.shape[0]}.")
-    for name, array, legal in (
-        ("positions", positions, q.shape[:2]),
-        ("kv_positions", kv_positions, k.shape[:2]),
-        ("segments", segments, q.shape[:2]),
-        ("kv_segments", kv_segments, k.shape[:2]),
-    ):
-        if array is None:  # segments may be left out
-            continue
-        if array.shape != legal or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(
-                f"{name} has shape {array.shape} and dtype {array.dtype}; it must be {legal} int32."
-            )
-    if (segments is None) != (kv_segments is None):
-        given, missing = ("kv_segments", "segments")[:: 1 if segments is None else -1]
-        raise ValueError(f"{given} is given without {missing}; give both or neither.")
+    check_cache(q, k, positions, kv_positions, segments, kv_segments)
     if query_block < 1:
         raise ValueError(f"query_block is {query_block}; it must be at least 1.")
     indices = _check_lists(q, k, indices, block, query_block)
-    _check_window(window)
+    check_window(window)
     run = dispatch.choose("block_sparse_attention", "cached_block_sparse_attention", impl)
     return run(
         q,
@@ -173,8 +153,3 @@ def _check_lists(q: Array, k: Array, indices, block: int, query_block: int):
             f"indices names block {wrong}; blocks are 0 to {blocks - 1}, and -1 is none."
         )
     return indices.astype(np.int32)
-
-
-def _check_window(window: int) -> None:
-    if window < 0:
-        raise ValueError(f"window is {window}; it must be 0 (off) or a positive number of tokens.")
