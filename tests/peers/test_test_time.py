@@ -118,19 +118,21 @@ def test_ttt_linear():
     sides.same(ttt_linear.Config(), theirs, dtype="float32")
 
 
+def perceptron(weights, x):
+    """x (..., 1, K) or (..., K) through the maps of a Titans memory, SiLU between them."""
+    for n, each in enumerate(weights):
+        x = (functional.silu(x) if n else x) @ each
+    return x
+
+
 @pytest.mark.parametrize(("depth", "window"), [(2, 64), (1, 0)])
 def test_titans(depth, window):
     """Their numbers say how much of each earlier step is left in the weights after a token."""
     config = titans.Config(depth=depth, window=window, clip=1e3)  # no error is so long
     batch, rate = 16, 0.1  # tokens of a mini-batch, the largest step
 
-    def net(weights, x):
-        for n, each in enumerate(weights):
-            x = (functional.silu(x) if n else x) @ each
-        return x
-
     def error(weights, k, v):
-        return (net(weights, k) - v).square().sum() / 2
+        return (perceptron(weights, k) - v).square().sum() / 2
 
     by_token = torch.vmap(torch.func.grad(error), (None, 0, 0))
     slopes = torch.vmap(torch.vmap(by_token, (0, 1, 1), 1))  # weights (B, H, ..), k (B, C, H, K)
@@ -158,7 +160,7 @@ def test_titans(depth, window):
                 for push, slope in zip(momentum, found, strict=True)
             ]
             weights = [each[:, -1] for each in seen]
-            read.append(net(seen, q_[..., None, :])[..., 0, :])
+            read.append(perceptron(seen, q_[..., None, :])[..., 0, :])
         return torch.cat(read, 1), weights, momentum
 
     def attention(w, y):
