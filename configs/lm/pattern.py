@@ -6,7 +6,7 @@
 Names are those of `python -m models`. A channel mixer in the text stands as a layer of its own;
 with one anywhere in it, no other channel mixers are added.
 
-Takes: as long as the layers that are named.
+Takes: 2,000 steps of 8,192 tokens, each as long as the layers that are named.
 Expected: a loss that falls.
 """
 

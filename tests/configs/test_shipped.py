@@ -59,6 +59,13 @@ def test_the_docstring_says_how_long_and_what_to_expect(file):
     assert re.search(r"^Expected: \S.*\.$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("configs/lm/")])
+def test_the_run_has_the_steps_and_tokens_that_the_docstring_says(file):
+    found = read(f"--config={file}")
+    tokens = found.data.batch * found.data.length
+    assert f"{found.steps:,} steps of {tokens:,} tokens" in docstring(file)
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_model_has_the_parameters_that_the_docstring_says(file):
     said = re.search(r"([\d.]+)M parameters", docstring(file))

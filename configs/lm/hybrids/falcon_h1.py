@@ -6,8 +6,8 @@ Falcon-H1 (arXiv 2507.22448, section 2): every layer adds an attention and a Mam
 the same input. The released models sum the two with fixed multipliers; here each is normed and
 weighed by learned gains.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

@@ -6,8 +6,8 @@ Hymba (arXiv 2411.13676, section 2): the two kinds of heads read the same input 
 outputs are averaged; attention is global in three layers and local in the others, here in a third
 of them. The paper's meta tokens and shared caches of neighbouring layers are left out.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

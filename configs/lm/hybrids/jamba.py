@@ -5,8 +5,8 @@
 Jamba (arXiv 2403.19887, section 3): attention once in eight layers, without positions, and 16
 experts of which a token has 2 in every other layer; here 8 experts.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

@@ -6,8 +6,8 @@ Kimi Linear (arXiv 2510.26692, section 4): Kimi Delta Attention and multi-head l
 to 1, with DeepSeek's experts. The paper's latent attention has no rotary part at all; here its
 small one stays.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

@@ -5,8 +5,8 @@
 Scalable MatMul-free Language Modeling (arXiv 2406.02528): a linear gated recurrence and a gated
 linear unit whose maps are of -1, 0 and 1.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

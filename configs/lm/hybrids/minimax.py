@@ -5,8 +5,8 @@
 MiniMax-01 (arXiv 2501.08313, section 2): lightning attention with a softmax layer, half of each
 head rotary, after every seventh, and 32 experts of which a token has 2; here 4 experts.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

@@ -6,8 +6,8 @@ Qwen3-Next (Qwen team, 2025; its parts: arXiv 2412.06464 and 2505.06708): gated 
 on q and k and a quarter of each head rotary, and fine-grained experts, one of them shared; here 16
 experts.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

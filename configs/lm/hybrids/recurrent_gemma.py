@@ -5,8 +5,8 @@
 RecurrentGemma (arXiv 2404.07839): two RG-LRU layers to one of local attention, GeGLU, the embedding
 multiplied by the square root of the width, logits capped at 30.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer

@@ -6,8 +6,8 @@ Zamba (arXiv 2405.16712, section 2): the shared block is called every six Mamba 
 beside the embedding; here before every Mamba layer of a group of three. With depth=1 its weights
 are one copy in the whole model; each further group would have its own.
 
-Takes: not yet measured.
-Expected: not yet measured.
+Takes: 2,000 steps of 8,192 tokens, as every config of configs/lm.
+Expected: a loss to hold against theirs, after equal tokens.
 """
 
 from configs.schema import Data, Experiment, Optimizer
