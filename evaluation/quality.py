@@ -123,7 +123,10 @@ def _of(plan: loop.Plan) -> Any:
 
 
 class _Noisy:
-    """A split whose inputs are in part random tokens; targets stay."""
+    """A split whose inputs are in part random tokens; targets stay.
+
+    Those of an encoder are the tokens hidden from it: others are replaced.
+    """
 
     def __init__(self, split: Any, vocabulary: int):
         self.split, self.vocabulary = split, vocabulary
@@ -135,8 +138,8 @@ class _Noisy:
         """As `Split.batch`."""
         found = self.split.batch(index)
         key = jax.random.fold_in(jax.random.key(0), index)
-        real = found["segments"] != 0
-        inputs = fidelity.corrupt(found["inputs"], NOISE, self.vocabulary, key, mask=real)
+        read = (found["segments"] != 0) & ~found.get("hidden", np.False_)
+        inputs = fidelity.corrupt(found["inputs"], NOISE, self.vocabulary, key, mask=read)
         return found | {"inputs": np.asarray(inputs, np.int32)}
 
 
@@ -159,8 +162,7 @@ def likeness(
     if isinstance(found, str) or isinstance(original, str):
         reason = found if isinstance(found, str) else str(original)
         return [ratio, *(not_available(name, unit, reason) for name, unit in names)]
-    if found.plan.validation.fingerprint != original.plan.validation.fingerprint:
-        reason = "the two were trained on other tokens"
+    if reason := _apart(found.plan, original.plan):
         return [ratio, *(not_available(name, unit, reason) for name, unit in names)]
     batches = min(subject.experiment.evaluation.batches, len(original.plan.validation))
     told = fidelity.fidelity(_logits(original, found, batches))
@@ -175,14 +177,24 @@ def likeness(
     return [ratio, *measured]
 
 
+def _apart(one: loop.Plan, other: loop.Plan) -> str:
+    """Why the predictions of two runs cannot be compared; "" where they can."""
+    if one.validation.fingerprint != other.validation.fingerprint:
+        return "the two were trained on other tokens"
+    if one.experiment.model.objective != other.experiment.model.objective:
+        return "one fills in hidden tokens, the other predicts the next"
+    return ""
+
+
 def _logits(p: Trained, q: Trained, batches: int) -> Iterator[fidelity.Batch]:
-    """Both models' logits on the same validation batches."""
+    """Both models' logits on the same validation batches; an encoder's, where tokens are hidden."""
 
     def forward(trained):
         @jax.jit
         def run(params, batch):
             model = nnx.merge(trained.plan.trainer.graph, params)
-            return model.logits(model(batch["inputs"], segments=batch["segments"])[0])
+            rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
+            return model.logits(model.read(batch["inputs"], **rows))
 
         return lambda batch: run(trained.params, batch)
 
@@ -193,4 +205,7 @@ def _logits(p: Trained, q: Trained, batches: int) -> Iterator[fidelity.Batch]:
             batch = put_batch(p.plan.trainer.batch, read)
             words = min(trained.plan.train.tokenizer.vocabulary for trained in (p, q))
             first, other = (np.asarray(run(batch))[..., :words] for run in runs)
-            yield fidelity.Batch(first, other, read["weights"] > 0, read["targets"])
+            hidden = read.get("hidden")
+            targets = read["targets"] if hidden is None else read["inputs"]
+            counts = (read["weights"] > 0) & (True if hidden is None else hidden)
+            yield fidelity.Batch(first, other, counts, targets)

@@ -158,6 +158,20 @@ class LM(nnx.Module):
         x, after, _ = self._blocks(tokens, segments, before)
         return self.norm(x), after | {"segment": number}
 
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        hidden: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm; keeps no state, so an encoder reads as well.
+
+        Where `hidden` an encoder ("masked") sees no token, but that there is one to fill in.
+        """
+        x, _, _ = self._blocks(tokens, segments, None, hidden)
+        return self.norm(x)
+
     def loss(
         self,
         inputs: Int[Array, "B T"],
@@ -173,8 +187,7 @@ class LM(nnx.Module):
         share HIDDEN of them (see data/masking.py).
         """
         task = self._task(inputs, targets, weights, hidden)
-        x, _, _ = self._blocks(inputs, segments, None, hidden)
-        return self.nll(self.norm(x), *task)
+        return self.nll(self.read(inputs, segments=segments, hidden=hidden), *task)
 
     def training_loss(
         self,

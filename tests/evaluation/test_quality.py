@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import schema
@@ -12,6 +14,7 @@ from data import tokenizers
 from evaluation import quality
 from evaluation.subject import Subject
 from models import lm
+from models.attention import bidirectional
 from parallel import sharding
 from tests.evaluation.process import program
 from training import checkpoint, loop, runs
@@ -19,15 +22,13 @@ from training import checkpoint, loop, runs
 pytestmark = pytest.mark.xdist_group("eval")  # one worker: its fixture is a run
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def run_of(folder: Path, model: lm.Config):
     """A run's folder with one checkpoint of random weights, its config and its plan."""
-    folder = tmp_path_factory.mktemp("trained")
     for split in ("train", "validation", "test"):
         (folder / "text" / split).mkdir(parents=True)
         (folder / "text" / split / "a.txt").write_text(f"{split}: abcdefgh\n" * 200)
     experiment = schema.Experiment(
-        lm.Config(width=16, depth=1),
+        model,
         data=schema.Data(
             source=f"text:{folder / 'text'}", length=16, batch=8, folder=str(folder / "cache")
         ),
@@ -42,6 +43,12 @@ def trained(tmp_path_factory):
     with sharding.on(plan.mesh):
         expected = loop.evaluate(plan, state.params, experiment.evaluation.batches)
     return str(folder / "run"), experiment, expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder, the config and the validation of a small model's run."""
+    return run_of(tmp_path_factory.mktemp("trained"), lm.Config(width=16, depth=1))
 
 
 def validated(experiment, workdir: str) -> list:
@@ -143,3 +150,39 @@ def test_a_model_is_like_itself_and_less_like_another(trained):
     assert values["KL from the first"] > 0.01
     missing = quality.likeness(subject, subject, "no run", found)
     assert [row.note for row in missing[1:]] == ["no run"] * 4
+
+
+def test_encoders_are_judged_where_tokens_are_hidden_from_them(tmp_path):
+    """Likeness counts those places alone, noise keeps the tokens that are to be filled in there."""
+    model = lm.Config(width=32, depth=1, pattern=(bidirectional.Config(),), objective="masked")
+    workdir, experiment, expected = run_of(tmp_path, model)
+    subject = Subject("x", experiment)
+    found = quality.load(subject, workdir)
+    assert not isinstance(found, str)
+    row, *others = quality.validation(subject, found)
+    assert row.value == expected and all(other.value is not None for other in others)
+    batches = [found.plan.validation.batch(i) for i in range(experiment.evaluation.batches)]
+    hidden = sum(batch["hidden"].sum() for batch in batches)
+    like = quality.likeness(subject, subject, found, found)
+    assert [row.value for row in like[1:]] == [1.0, 0.0, 0.0, 1.0]
+    assert {row.note for row in like[1:]} == {f"{hidden} positions"}
+    blind = found._replace(params=found.params | {"mask": -found.params["mask"]})
+    assert quality.likeness(subject, subject, blind, found)[1].value < 1
+    first, noisy = batches[0], quality._corrupted(found.plan).validation.batch(0)
+    changed = first["inputs"] != noisy["inputs"]
+    seen = (first["segments"] != 0) & ~first["hidden"]
+    assert changed.sum() == round(0.1 * np.sum(seen))
+    assert not changed[first["hidden"]].any()
+
+
+def test_an_encoder_is_not_likened_to_a_language_model(trained):
+    workdir, experiment, _ = trained
+    subject = Subject("x", experiment)
+    found = quality.load(subject, workdir)
+    assert not isinstance(found, str)
+    model = dataclasses.replace(found.plan.experiment.model, objective="masked")
+    encoder = dataclasses.replace(found.plan.experiment, model=model)
+    other = found._replace(plan=found.plan._replace(experiment=encoder))
+    rows = quality.likeness(subject, subject, other, found)
+    said = "one fills in hidden tokens, the other predicts the next"
+    assert [row.note for row in rows[1:]] == [said] * 4
