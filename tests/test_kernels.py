@@ -39,10 +39,10 @@ from tests.tolerance import assert_close
 LENGTHS = (1, 3, 63, 64, 130)
 DTYPES = ("float32", "bfloat16")
 SHAPES = [(length, dtype) for length in LENGTHS for dtype in DTYPES]
-# A shape is a program to compile: the normal run pairs lengths with types, `long` crosses them.
-PAIRED = [(3, "float32"), (64, "float32"), (130, "float32"), (1000, "float32")]
-PAIRED += [(1, "bfloat16"), (63, "bfloat16"), (130, "bfloat16")]
-INTERPRETED = [pair for pair in PAIRED if pair[1] == "float32" or pair[0] == 130]  # seconds each
+# A shape is a program to compile: the normal run pairs lengths with types and reads rows of whole
+# chunks in float64 alone, `long` crosses them.
+PAIRED = [(3, "float32"), (130, "float32"), (1000, "float32"), (1, "bfloat16"), (63, "bfloat16")]
+INTERPRETED = [(130, "float32"), (1000, "float32"), (3, "bfloat16")]  # seconds each
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +164,9 @@ def test_padding_may_hold_anything(operation, impl):
 
 @each_case
 def test_eager_equals_jit(operation, impl):
-    arguments = draw(operation, 64, "float32")
+    arguments = draw(operation, 130, "float32")
     if takes_segments(operation):
-        arguments["segments"] = layouts(64)[0]
+        arguments["segments"] = layouts(130)[0]
     cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
     compiled, _ = evaluate(operation, impl, arguments, cotangents)
     arrays = {n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}
@@ -177,10 +177,10 @@ def test_eager_equals_jit(operation, impl):
 
 @each_case
 def test_a_batch_sharded_over_devices_gives_the_same(operation, impl):
-    arguments = draw(operation, 64, "float32")
-    larger = draw(operation, 64, "float32", batch=2 * BATCH)
+    arguments = draw(operation, 130, "float32")
+    larger = draw(operation, 130, "float32", batch=2 * BATCH)
     if takes_segments(operation):
-        arguments["segments"] = layouts(64)[0]
+        arguments["segments"] = layouts(130)[0]
         larger["segments"] = np.concatenate([arguments["segments"]] * 2)
     cotangents = draw_cotangents(output_shapes(operation, impl, arguments), 0)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -244,7 +244,7 @@ repeatable = functools.partial(
 
 
 @each_case
-@repeatable(max_examples=200)
+@repeatable(max_examples=60)
 @random_case
 def test_random_cases_match_reference(operation, impl, **case):
     """The programs are those of `test_matches_reference`: no shape class is compiled twice."""
