@@ -54,10 +54,10 @@ def close(got, want, what, dtype=jnp.float32):
 def shape_and_dtype(config) -> None:
     """(B, T, D) in and out, finite, and a beginning of a row reads as it does in the whole row."""
     one = subject.of(config)
-    x, dy = inputs(LENGTH), cotangents(ONE)
+    x = inputs(LENGTH)
     whole, _ = one.whole
     assert whole.shape == x.shape and whole.dtype == x.dtype, (whole.shape, whole.dtype)
-    y, _ = one.row(x[:, :BARE], None, dy[:, :BARE])
+    y, _ = one.run(x[:, :BARE])
     assert y.shape == (BATCH, BARE, WIDTH) and np.isfinite(np.asarray(y)).all()
     if one.causal:
         close(y, np.asarray(whole)[:, :BARE], f"first {BARE} tokens")
@@ -167,13 +167,22 @@ def packing(config, dtype=jnp.float32) -> None:
 
 
 def _padded(one, dtype) -> None:
-    """A document with padding after it equals the same tokens without segments."""
-    x, dy = inputs(LENGTH, dtype)[:, :BARE], cotangents(ONE, dtype)[:, :BARE]
-    want, (dparams, dx) = one.row(x, None, dy)
-    given = filled(x, LENGTH, inputs(LENGTH, seed=8)), filled(ONE[:, :BARE], LENGTH)
-    y, slopes = one.row(*given, filled(dy, LENGTH))
-    want = want, (dparams, filled(np.asarray(dx), LENGTH))
+    """A document with padding after it equals the same tokens without segments.
+
+    What the padding holds reaches no gradient, nor do gradients reach it.
+    """
+    x, ids, dy = inputs(LENGTH, dtype)[:, :BARE], filled(ONE[:, :BARE], LENGTH), cotangents(ONE)
+    dy = filled(dy[:, :BARE].astype(dtype), LENGTH)
+    y, slopes = one.row(filled(x, LENGTH, inputs(LENGTH, seed=8)), ids, dy)
+    _, (dparams, dx) = one.row(filled(x, LENGTH), ids, dy)
+    want = one.run(x)[0], (dparams, filled(np.asarray(dx)[:, :BARE], LENGTH))
     close((np.asarray(y)[:, :BARE], slopes), want, "padded: ", dtype)
+
+
+def without_segments(config) -> None:
+    """A row without segments is one document: outputs and gradients."""
+    one = subject.of(config)
+    close(one.row(inputs(LENGTH), None, cotangents(ONE)), one.whole, "without segments: ")
 
 
 def bfloat16(config) -> None:
@@ -293,6 +302,7 @@ CHECKS = (
     split,
     token_by_token,
     packing,
+    without_segments,
     bfloat16,
     packing_bfloat16,
     token_by_token_bfloat16,

@@ -1,8 +1,8 @@
 """A mixer under test, and the few programs that all checks of the contract run.
 
 Compiling is what a check costs, so programs are few: forward and backward of a whole row without a
-state, of half a row with one, and of a call without segments. A shorter read is filled up with
-padding that holds random numbers, so that a mixer which reads them is found.
+state and of half a row with one. A shorter read is filled up with padding that holds random
+numbers, so that a mixer which reads them is found.
 """
 
 import functools
