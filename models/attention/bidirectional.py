@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kernels import chunks
+from kernels import segments as packed
 from kernels.attention import attention, cached_attention
 from models import cache, checks, layers, mixer, weights
 from models.parts import rotary
@@ -94,6 +95,7 @@ def _local(q_BTHK, k_BTHK, v_BTHK, segments, reach: int):
     size = min(length, max(reach, 32))
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
+    segments = packed.numbered(segments)  # whose numbers are compared: none comes back
     q, k, v, segments = chunks.pad((q_BTHK, k_BTHK, v_BTHK, segments), size)
     time = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
 
