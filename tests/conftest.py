@@ -18,6 +18,7 @@ launch.prepare()
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -81,3 +82,18 @@ def programs_are_dropped():
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def programs_are_kept(tmp_path_factory):
+    """What a test of the module compiled, the next ones read."""
+    keep_programs(str(tmp_path_factory.getbasetemp() / "programs"), 0.1)
+    yield
+    keep_programs(None, 1.0)
+
+
+def keep_programs(folder, seconds):
+    """Put programs that take so long to compile into a folder; None: nowhere."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    compilation_cache.reset_cache()

@@ -16,6 +16,7 @@ from tests import whole
 FIRST, LONG, ALL = 6, 200, 2000  # pairs of the normal run, of `long`, of `pairs`
 BLOCK = 100  # pairs in one test of `pairs`
 TWO = (rg_lru.Config(), softmax.Config(heads=4, window=8))
+pytestmark = pytest.mark.usefixtures("programs_are_kept")  # a run that resumes compiles again
 
 
 @pytest.fixture(scope="module")

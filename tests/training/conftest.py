@@ -28,3 +28,8 @@ def opened(folder, said):
             return stack.enter_context(contextlib.closing(made))
 
         yield make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(programs_are_kept):
+    """Tests here train the same few models again and again."""

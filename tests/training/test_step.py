@@ -22,6 +22,7 @@ from training.step import _join_rows, _split_rows, make_trainer, put_batch
 from training.update import schedule
 
 BATCH, LENGTH, STEPS = 8, 16, 4
+pytestmark = pytest.mark.xdist_group("training.step")  # trainers are built once
 
 
 def batch(seed=0, length=LENGTH):
@@ -37,25 +38,11 @@ def batch(seed=0, length=LENGTH):
 
 
 @functools.cache
-def run(rule=adamw, accumulation=1, carry=False, sizes=(("data", 1),), poison=False, one=False):
+def run(rule=adamw, *, sizes=(("data", 1),), poison=False, one=False, **settings):
     """Losses of four steps and the weights after them; `one`: each step sees the same batch."""
-    experiment = Experiment(
-        model=lm.Config(
-            vocabulary=264,
-            width=32,
-            depth=3,
-            pattern=(rg_lru.Config(), softmax.Config(heads=4, window=8)),
-            dtype="float32",
-        ),
-        steps=STEPS,
-        carry_state=carry,
-        data=Data(batch=BATCH, length=LENGTH),
-        optimizer=Optimizer(rule=rule.Config(), warmup_steps=1, accumulation=accumulation),
-    )
-    mesh = on_devices(dict(sizes))
+    mesh, trainer = trainer_of(rule, sizes, **settings)
     losses = []
     with sharding.on(mesh):
-        trainer = make_trainer(experiment, mesh, np.ones(264))
         state = trainer.init()
         for step in range(STEPS):
             rows = batch(0 if one else step)
@@ -71,6 +58,27 @@ def run(rule=adamw, accumulation=1, carry=False, sizes=(("data", 1),), poison=Fa
                 ):
                     np.testing.assert_array_equal(a, np.asarray(b))
         return losses, jax.device_get(state.params)
+
+
+@functools.cache
+def trainer_of(rule, sizes, *, accumulation=1, carry=False):
+    """A mesh and the trainer on it: runs on other batches take the same programs."""
+    experiment = Experiment(
+        model=lm.Config(
+            vocabulary=264,
+            width=32,
+            depth=3,
+            pattern=(rg_lru.Config(), softmax.Config(heads=4, window=8)),
+            dtype="float32",
+        ),
+        steps=STEPS,
+        carry_state=carry,
+        data=Data(batch=BATCH, length=LENGTH),
+        optimizer=Optimizer(rule=rule.Config(), warmup_steps=1, accumulation=accumulation),
+    )
+    mesh = on_devices(dict(sizes))
+    with sharding.on(mesh):
+        return mesh, make_trainer(experiment, mesh, np.ones(264))
 
 
 def on_devices(sizes):
