@@ -73,8 +73,8 @@ class Memory(nnx.Module):
 
     def gated(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """log(1 - alpha), log eta and theta (B, T, H)."""
-        gates_BTPH = weights.project("btd,dph->btph", x, self.gates).astype(mixer.wide(x.dtype))
-        gates_BTPH = gates_BTPH + self.gate_bias[...]
+        x = x.astype(mixer.wide(x.dtype))  # the gates compound over a document
+        gates_BTPH = weights.project("btd,dph->btph", x, self.gates) + self.gate_bias[...]
         keep_BTH = jax.nn.log_sigmoid(-gates_BTPH[:, :, 0])
         momentum_BTH = jax.nn.log_sigmoid(gates_BTPH[:, :, 1])
         return keep_BTH, momentum_BTH, self.rate * jax.nn.sigmoid(gates_BTPH[:, :, 2])
