@@ -4,6 +4,7 @@
 
 Takes: 2 minutes and 10 seconds on 2 CPU cores, compilation and evaluation included.
 Expected: 2.05 bits per byte on validation (bigrams reach 3.50, gzip -9 1.82).
+The text is Python's own library: that is with Python 3.11; 2.06 with 3.12, 1.93 with 3.13.
 """
 
 from configs.schema import Checkpoint, Data, Evaluation, Experiment, Optimizer
