@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parallel import compile_cache
-from training.manifest import write_atomic
+from training.manifest import write_atomic, write_json
 
 PHASES = (
     "startup",
@@ -375,7 +375,7 @@ def environment(folder: Path, config: dict) -> None:
         "processes": jax.process_count(),
     }
     for name, content in (("config", config), ("environment", facts)):
-        write_atomic(Path(folder) / f"{name}.json", json.dumps(content, indent=1).encode() + b"\n")
+        write_json(Path(folder) / f"{name}.json", content)
 
 
 def _git(*command: str) -> str | None:

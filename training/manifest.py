@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 MARK, MANIFEST, MARKER = "frugal.unfinished", "manifest.json", "COMMITTED"
 OURS = (MANIFEST, MARKER)  # and their unfinished forms; MARK goes last
@@ -35,6 +36,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The same for values of JSON, a line each."""
+    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -133,8 +133,7 @@ def recover(workdir: str | Path) -> None:
             f"workdir={workdir} holds no {CONFIG} of a run that can be read, and no checkpoint "
             "that has it. Name the folder of a run."
         )
-    content = json.dumps(meta["config"], indent=1).encode() + b"\n"
-    manifest.write_atomic(folder / CONFIG, content)
+    manifest.write_json(folder / CONFIG, meta["config"])
     print(f"{folder / CONFIG} was lost or torn: it is written again, from step {meta['step']}.")
 
 

@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 from kernels.attention import attention, cached_attention, xla
 from tests.kernels.heads import assert_same, by_hand, causal_mask, draw, value_and_slopes
+from tests.kernels.refusals import CACHE_FAULTS, HEADS, POSITIONS, assert_raises_one_line, zeros
 from tests.tolerance import assert_close
 
 SLOPES = (0, 1, 2)
@@ -278,12 +279,7 @@ def test_the_scores_of_a_continuation_stay_within_a_chunk():
     assert temporary_bytes(slopes, q, k, v) < 6 * xla.SCORE_BYTES < 4 * 2048**2 * 4
 
 
-def zeros(*shape, dtype=np.float32):
-    return jnp.zeros(shape, dtype)
-
-
-GOOD = {"q": zeros(2, 5, 4, 8), "k": zeros(2, 5, 2, 8), "v": zeros(2, 5, 2, 6)}
-CACHED = GOOD | {"positions": zeros(2, 5, dtype=int), "kv_positions": zeros(2, 5, dtype=int)}
+CACHED = HEADS | POSITIONS
 SHARED_FAULTS = [
     ({"q": zeros(5, 4, 8)}, "q has shape (5, 4, 8), rank 3; it must have rank 4"),
     ({"v": zeros(2, 5, 2, 6, dtype=int)}, "v has dtype int32; it must be floating"),
@@ -303,36 +299,15 @@ FAULTS = [
     ),
     ({"window": 3, "causal": False}, "window is 3 with causal=False; a window needs causal=True"),
 ]
-CACHED_FAULTS = [
-    ({"q": zeros(3, 5, 4, 8)}, "k has batch size 2; it must be q's, 3."),
-    ({"positions": zeros(2, 5)}, "positions has shape (2, 5) and dtype float32; it must be (2, 5)"),
-    ({"kv_positions": zeros(2, 4, dtype=int)}, "kv_positions has shape (2, 4) and dtype int32"),
-    ({"segments": zeros(2, 5, dtype=int)}, "segments is given without kv_segments; give both"),
-    ({"kv_segments": zeros(2, 5, dtype=int)}, "kv_segments is given without segments; give both"),
-    (
-        {"segments": zeros(2, 4, dtype=int), "kv_segments": zeros(2, 5, dtype=int)},
-        "segments has shape (2, 4) and dtype int32; it must be (2, 5) int32",
-    ),
-    (
-        {"segments": zeros(2, 5, dtype=int), "kv_segments": zeros(2, 4, dtype=int)},
-        "kv_segments has shape (2, 4) and dtype int32; it must be (2, 5) int32",
-    ),
-]
-
-
-def assert_raises_one_line(function, arguments, message):
-    with pytest.raises(ValueError) as error:
-        function(**arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("fault", "message"), SHARED_FAULTS + FAULTS)
 def test_faults_of_attention(fault, message):
-    attention(**GOOD)
-    assert_raises_one_line(attention, GOOD | fault, message)
+    attention(**HEADS)
+    assert_raises_one_line(attention, HEADS | fault, message)
 
 
-@pytest.mark.parametrize(("fault", "message"), SHARED_FAULTS + CACHED_FAULTS)
+@pytest.mark.parametrize(("fault", "message"), SHARED_FAULTS + CACHE_FAULTS)
 def test_faults_of_cached_attention(fault, message):
     cached_attention(**CACHED)
     assert_raises_one_line(cached_attention, CACHED | fault, message)

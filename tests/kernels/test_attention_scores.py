@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kernels.attention import attention, cached_attention, scores, xla
+from tests.kernels.refusals import assert_raises_one_line
 from tests.tolerance import assert_close
 
 SHAPES = {"q": (4, 8), "k": (2, 8), "v": (2, 6)}  # heads and size
@@ -352,12 +353,6 @@ CACHED_FAULTS = [
         "bias_k has shape (2, 5, 4) and dtype float32; it must be (2, 6, 4) floating",
     ),
 ]
-
-
-def assert_raises_one_line(function, arguments, message):
-    with pytest.raises(ValueError) as error:
-        function(**arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("fault", "message"), SHARED_FAULTS + FAULTS)

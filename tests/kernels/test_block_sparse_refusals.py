@@ -1,25 +1,14 @@
 """Block-sparse attention says in one line which argument does not fit, and what would."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels.block_sparse_attention import block_sparse_attention, cached_block_sparse_attention
+from tests.kernels.refusals import CACHE_FAULTS, HEADS, POSITIONS, assert_raises_one_line, zeros
 
-
-def zeros(*shape, dtype=np.float32):
-    return jnp.zeros(shape, dtype)
-
-
-HEADS = {"q": zeros(2, 5, 4, 8), "k": zeros(2, 5, 2, 8), "v": zeros(2, 5, 2, 6)}
 GOOD = HEADS | {"indices": zeros(2, 2, 3, 1, dtype=int), "block": 2}
-CACHED = HEADS | {
-    "indices": zeros(2, 2, 5, 1, dtype=int),
-    "block": 2,
-    "positions": zeros(2, 5, dtype=int),
-    "kv_positions": zeros(2, 5, dtype=int),
-}
+CACHED = HEADS | POSITIONS | {"indices": zeros(2, 2, 5, 1, dtype=int), "block": 2}
 SHARED_FAULTS = [
     ({"q": zeros(5, 4, 8)}, "q has shape (5, 4, 8), rank 3; it must have rank 4"),
     ({"k": zeros(2, 5, 2, 7)}, "k has key dim 7; it must be q's, 8."),
@@ -60,24 +49,7 @@ FAULTS = [
     ({"window": 3, "causal": False}, "window is 3 with causal=False; a window needs causal=True"),
     ({"segments": zeros(2, 4, dtype=int)}, "segments has shape (2, 4) and dtype int32; it must be"),
 ]
-CACHED_FAULTS = [
-    ({"query_block": 0}, "query_block is 0; it must be at least 1."),
-    ({"q": zeros(3, 5, 4, 8)}, "k has batch size 2; it must be q's, 3."),
-    ({"positions": zeros(2, 5)}, "positions has shape (2, 5) and dtype float32; it must be (2, 5)"),
-    ({"kv_positions": zeros(2, 4, dtype=int)}, "kv_positions has shape (2, 4) and dtype int32"),
-    ({"segments": zeros(2, 5, dtype=int)}, "segments is given without kv_segments; give both"),
-    ({"kv_segments": zeros(2, 5, dtype=int)}, "kv_segments is given without segments; give both"),
-    (
-        {"segments": zeros(2, 4, dtype=int), "kv_segments": zeros(2, 5, dtype=int)},
-        "segments has shape (2, 4) and dtype int32; it must be (2, 5) int32",
-    ),
-]
-
-
-def assert_raises_one_line(function, arguments, message):
-    with pytest.raises(ValueError) as error:
-        function(**arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
+CACHED_FAULTS = [*CACHE_FAULTS, ({"query_block": 0}, "query_block is 0; it must be at least 1.")]
 
 
 @pytest.mark.parametrize(("fault", "message"), SHARED_FAULTS + FAULTS)
