@@ -219,6 +219,14 @@ def test_path_attention(name):
     assert_close(y, np.einsum("thk,hkd->td", o, w["o"]), jnp.float64, name)
 
 
+def test_a_local_layer_tells_documents_by_their_order():
+    """A number that comes back within reach is another document."""
+    one, x = subject.of(bidirectional.Config(reach=40)), subject.inputs(LENGTH)
+    numbers = np.repeat([[1, 2, 1], [1, 2, 3]], [4, 3, 4], axis=1)
+    again, new = (one.run(x, np.broadcast_to(row, x.shape[:2]))[0] for row in numbers)
+    assert_close(again, new, np.float32, "numbers that come back")
+
+
 @pytest.mark.parametrize("name", bidirectional.CASES)
 def test_bidirectional_attention(name):
     config = bidirectional.CASES[name]
