@@ -33,7 +33,8 @@ from tests.subject import (
 )
 from tests.tolerance import TOLERANCE, assert_close, rms
 
-BARE, MANY = 37, 300  # tokens of calls without segments
+BARE = 37  # tokens of the beginning of a row, which end in a chunk
+MANY = CAPACITY  # tokens that are read one by one
 CUTS = (34, 1, 35)  # pieces of a row, one of them a single token
 
 ERRORS: list[float] = []  # relative RMS errors of the comparisons since it was last cleared
@@ -52,18 +53,20 @@ def close(got, want, what, dtype=jnp.float32):
 
 
 def shape_and_dtype(config) -> None:
-    """(B, T, D) in and out, finite, and a beginning of a row reads as it does in the whole row."""
+    """(B, T, D) in and out, finite; what follows changes no beginning, by no decision either."""
     one = subject.of(config)
     x = inputs(LENGTH)
     whole, _ = one.whole
     assert whole.shape == x.shape and whole.dtype == x.dtype, (whole.shape, whole.dtype)
-    y, _ = one.run(x[:, :BARE])
-    assert y.shape == (BATCH, BARE, WIDTH) and np.isfinite(np.asarray(y)).all()
+    assert np.isfinite(np.asarray(whole)).all()
     if one.causal:
-        close(y, np.asarray(whole)[:, :BARE], f"first {BARE} tokens")
-    else:
-        y, _ = one.run(x[:, :2])
-        assert y.shape == (BATCH, 2, WIDTH) and np.isfinite(np.asarray(y)).all()
+        other = np.concatenate([x[:, :BARE], inputs(LENGTH, seed=9)[:, BARE:]], axis=1)
+        y, _ = one.row(other, ONE, cotangents(ONE))
+        close(y[:, :BARE], np.asarray(whole)[:, :BARE], f"first {BARE} tokens")
+        return
+    for length in (BARE, 2):
+        y, _ = one.run(x[:, :length])
+        assert y.shape == (BATCH, length, WIDTH) and np.isfinite(np.asarray(y)).all()
 
 
 def causality(config) -> None:
@@ -128,12 +131,12 @@ def _refuses_states(one) -> str:
 
 
 def token_by_token(config, dtype=jnp.float32) -> str | None:
-    """Single-token steps equal one parallel call, in outputs and final state, after 300 tokens."""
+    """Single tokens equal pieces of many, in outputs and in the state after 300 tokens."""
     one = subject.of(config)
     if not one.causal:
         return _refuses_states(one)
-    x, state = inputs(MANY, dtype), one.fresh(dtype, capacity=MANY)
-    close(one.steps(x, state), one.run(x, None, state), "token by token: ", dtype)
+    x, state = inputs(MANY, dtype), one.fresh(dtype)
+    close(one.steps(x, state), one.read(x, state), "token by token: ", dtype)
 
 
 def packing(config, dtype=jnp.float32) -> None:
@@ -167,22 +170,32 @@ def packing(config, dtype=jnp.float32) -> None:
 
 
 def _padded(one, dtype) -> None:
-    """A document with padding after it equals the same tokens without segments.
+    """A document with padding after it equals the beginning of a longer one, or itself alone.
 
     What the padding holds reaches no gradient, nor do gradients reach it.
     """
-    x, ids, dy = inputs(LENGTH, dtype)[:, :BARE], filled(ONE[:, :BARE], LENGTH), cotangents(ONE)
-    dy = filled(dy[:, :BARE].astype(dtype), LENGTH)
-    y, slopes = one.row(filled(x, LENGTH, inputs(LENGTH, seed=8)), ids, dy)
-    _, (dparams, dx) = one.row(filled(x, LENGTH), ids, dy)
-    want = one.run(x)[0], (dparams, filled(np.asarray(dx)[:, :BARE], LENGTH))
+    whole, dy = inputs(LENGTH, dtype), cotangents(ONE, dtype)
+    x, ids, dy_x = whole[:, :BARE], filled(ONE[:, :BARE], LENGTH), filled(dy[:, :BARE], LENGTH)
+    y, slopes = one.row(filled(x, LENGTH, inputs(LENGTH, seed=8)), ids, dy_x)
+    _, (dparams, dx) = one.row(filled(x, LENGTH), ids, dy_x)
+    want, _ = one.row(whole, ONE, dy) if one.causal else one.run(x)  # which reads ahead
+    want = np.asarray(want)[:, :BARE], (dparams, filled(np.asarray(dx)[:, :BARE], LENGTH))
     close((np.asarray(y)[:, :BARE], slopes), want, "padded: ", dtype)
 
 
 def without_segments(config) -> None:
-    """A row without segments is one document: outputs and gradients."""
+    """A row without segments is one document: outputs and gradients.
+
+    So are its beginning alone, and 300 tokens that are read at once with a state.
+    """
     one = subject.of(config)
-    close(one.row(inputs(LENGTH), None, cotangents(ONE)), one.whole, "without segments: ")
+    x = inputs(LENGTH)
+    close(one.row(x, None, cotangents(ONE)), one.whole, "without segments: ")
+    if one.causal:
+        y, _ = one.run(x[:, :BARE])
+        close(y, np.asarray(one.whole[0])[:, :BARE], "without segments, its beginning: ")
+        x, state = inputs(MANY), one.fresh()
+        close(one.run(x, None, state), one.read(x, state), "without segments, many: ")
 
 
 def bfloat16(config) -> None:

@@ -16,7 +16,7 @@ from configs import schema
 
 WIDTH, BATCH = 64, 4
 LENGTH, HALF = 70, 35  # tokens of a row, and of a piece of it
-CAPACITY = 2 * LENGTH
+CAPACITY = 300  # tokens that a state has room for
 # Rows of (document, tokens), 0 for padding: boundaries on the edges of chunks and off them, single
 # tokens, padding at both ends. The middle of each row is inside a document: a state goes on there,
 # in row 2 through so short a rest that what a convolution keeps is older. A number may come back.
@@ -93,9 +93,9 @@ class Subject:
         """Whether it serves language models; else it reads whole documents and has no state."""
         return self.module.causal
 
-    def fresh(self, dtype=jnp.float32, batch: int = BATCH, capacity: int = CAPACITY):
+    def fresh(self, dtype=jnp.float32, batch: int = BATCH):
         """The state before the first token."""
-        return self.module.init_state(batch, capacity, dtype)
+        return self.module.init_state(batch, CAPACITY, dtype)
 
     def run(self, x, ids=None, state=None):
         """(y, the state after) of a call without gradients."""
@@ -132,6 +132,17 @@ class Subject:
             last = after if last is None else last
         join = lambda parts: np.concatenate(parts, axis=1)
         return (join(y), last), (_sum(dparams), join(dx), dstate)
+
+    def read(self, x, state):
+        """(y, the state after) of one document, by `piece` over as many tokens as it takes."""
+        y, junk, none = [], inputs(HALF, seed=7), zeros(floats(state))
+        for first in range(0, x.shape[1], HALF):
+            part = x[:, first : first + HALF]
+            ids = filled(ONE[:, : part.shape[1]], HALF)
+            given = filled(part, HALF, junk)
+            (out, state), _ = self.piece(given, ids, state, np.zeros_like(given), none)
+            y.append(out[:, : part.shape[1]])
+        return np.concatenate(y, axis=1), state
 
     @functools.cached_property
     def whole(self):

@@ -31,7 +31,7 @@ CHOSEN = {
     "padding moves the gradients": "packing",
     "the state that came in reaches every document": "packing",
     "the tail that came in reaches every document": "packing",
-    "a row with segments is read otherwise": "packing",
+    "a row with segments is read otherwise": "token_by_token",
     "a weight has no gradient without segments": "without_segments",
     "the state is that before the last token": "split",
     "the convolution forgets between two pieces": "split",

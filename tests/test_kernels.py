@@ -41,7 +41,7 @@ DTYPES = ("float32", "bfloat16")
 SHAPES = [(length, dtype) for length in LENGTHS for dtype in DTYPES]
 # A shape is a program to compile: the normal run pairs lengths with types and reads rows of whole
 # chunks in float64 alone, `long` crosses them.
-PAIRED = [(3, "float32"), (130, "float32"), (1000, "float32"), (1, "bfloat16"), (63, "bfloat16")]
+PAIRED = [(130, "float32"), (1000, "float32"), (1, "bfloat16"), (63, "bfloat16")]
 INTERPRETED = [(130, "float32"), (1000, "float32"), (3, "bfloat16")]  # seconds each
 
 
@@ -244,7 +244,7 @@ repeatable = functools.partial(
 
 
 @each_case
-@repeatable(max_examples=60)
+@repeatable(max_examples=40)
 @random_case
 def test_random_cases_match_reference(operation, impl, **case):
     """The programs are those of `test_matches_reference`: no shape class is compiled twice."""

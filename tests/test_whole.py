@@ -13,7 +13,7 @@ from models.attention import softmax
 from models.recurrent import rg_lru
 from tests import whole
 
-FIRST, LONG, ALL = 6, 200, 2000  # pairs of the normal run, of `long`, of `pairs`
+FIRST, LONG, ALL = 3, 200, 2000  # pairs of the normal run, of `long`, of `pairs`
 BLOCK = 100  # pairs in one test of `pairs`
 TWO = (rg_lru.Config(), softmax.Config(heads=4, window=8))
 pytestmark = pytest.mark.usefixtures("programs_are_kept")  # a run that resumes compiles again

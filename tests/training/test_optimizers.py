@@ -261,10 +261,14 @@ def experiment(rule, **settings) -> Experiment:
     )
 
 
-def train(given, mesh, steps, state=None):
-    """The trainer, the state after `steps` on one batch of random tokens, and the losses."""
+def trainer_on(mesh, given):
     with sharding.on(mesh):
-        trainer = make_trainer(given, mesh, np.ones(257))
+        return make_trainer(given, mesh, np.ones(257))
+
+
+def train(trainer, mesh, steps, state=None):
+    """The state after `steps` on one batch of random tokens, and the losses."""
+    with sharding.on(mesh):
         state, losses = state or trainer.init(), []
         tokens = np.random.default_rng(0).integers(0, 257, (8, 17)).astype(np.int32)
         ones = np.ones((8, 16), np.int32)
@@ -273,7 +277,7 @@ def train(given, mesh, steps, state=None):
         for _ in range(steps):
             state, metrics = trainer.step(state, rows)
             losses.append(float(metrics["loss"]))
-        return trainer, state, losses
+        return state, losses
 
 
 SPLIT = [name for name, rule in RULES.items() if not getattr(rule.Config, "one_cpu", False)]
@@ -293,17 +297,18 @@ def test_a_rule_learns_splits_and_resumes(name, tmp_path):
     given = experiment(RULES[name].Config(), accumulation=2, ema=average)
     alone = make_mesh(devices=jax.devices()[:1])
     mesh = make_mesh(data=2, fsdp=2, tensor=2) if name in SPLIT else alone
-    trainer, state, first = train(given, mesh, 3)
+    trainer = trainer_on(mesh, given)
+    state, first = train(trainer, mesh, 3)
     saved = checkpoint.Checkpoints(tmp_path)
     saved.save(3, state, {})
     saved.wait()
     with sharding.on(mesh):
         again = saved.restore(trainer.abstract).tree
-    _, state, rest = train(given, mesh, 5, state)
-    _, resumed, others = train(given, mesh, 5, again)
+    state, rest = train(trainer, mesh, 5, state)
+    resumed, others = train(trainer, mesh, 5, again)
     assert rest == others and same(state._replace(key=0), resumed._replace(key=0))
     assert rest[-1] < first[0] - 0.3, first + rest
-    _, _, losses = train(experiment(RULES[name].Config()), alone, 8)
+    _, losses = train(trainer_on(alone, experiment(RULES[name].Config())), alone, 8)
     np.testing.assert_allclose(first + rest, losses, rtol=2e-3)
     judged = jax.device_get(trainer.weights(state))
     assert jax.tree.map(np.shape, judged) == jax.tree.map(np.shape, state.params)
@@ -315,14 +320,14 @@ def test_what_several_cpus_cannot_run_is_refused(monkeypatch):
     given, mesh = experiment(RULES["soap"].Config()), make_mesh(data=2, fsdp=2, tensor=2)
     message = r"^optimizer.rule=soap waits .* on 8 CPU devices with this version of jaxlib\. Use"
     with pytest.raises(ValueError, match=message):
-        make_trainer(given, mesh, np.ones(257))
+        trainer_on(mesh, given)
 
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_state_lies_where_its_weights_do(name):
     """Of what a rule keeps of a map of the stream, no device holds all."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    abstract = make_trainer(experiment(RULES[name].Config()), mesh, np.ones(257)).abstract
+    abstract = trainer_on(mesh, experiment(RULES[name].Config())).abstract
     weight = abstract.params["stacks"][0]["parts"][0]["mixer"]["kv"]
     seen = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.optimizer):

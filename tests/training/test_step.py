@@ -87,8 +87,19 @@ def on_devices(sizes):
     return make_mesh(**sizes, devices=jax.devices()[:1] if alone else None)
 
 
-@pytest.mark.parametrize("rule", [adamw, muon])
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+LONG = pytest.mark.long  # the gate pairs what takes seconds each
+EIGHT, CUBE = dict(data=8), dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sizes"),
+    [
+        (adamw, EIGHT),
+        (muon, CUBE),
+        pytest.param(adamw, CUBE, marks=LONG),
+        pytest.param(muon, EIGHT, marks=LONG),
+    ],
+)
 def test_any_mesh_gives_the_same_losses_and_weights(rule, sizes):
     losses, params = run(rule, sizes=tuple(sizes.items()))
     alone, alone_params = run(rule)
@@ -102,7 +113,7 @@ def test_microbatches_give_the_same_losses():
     np.testing.assert_allclose(losses, run()[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+@pytest.mark.parametrize("layers", ["scanned", pytest.param("unrolled", marks=LONG)])
 def test_microbatches_carry_the_state_of_their_rows(layers):
     """Losses and states of three batches, of documents that go on, are those of one part."""
     experiment = small(layers, carry_state=True)
@@ -234,7 +245,7 @@ def test_an_encoder_learns_from_what_the_data_hide(accumulation):
     assert float(metrics["loss"]) == pytest.approx(float(sum(each)) / BATCH / LENGTH, rel=1e-5)
 
 
-@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+@pytest.mark.parametrize("layers", [pytest.param("scanned", marks=LONG), "unrolled"])
 def test_a_state_is_carried_however_layers_are_arranged(layers):
     """As `carry_state=True` with the quickstart, whose layers are unrolled."""
     experiment = Experiment(
