@@ -132,7 +132,7 @@ def test_kill_at_some_moments(unbroken, corpus, tmp_path, kills):
     for kill in range(kills):
         process = start(corpus, tmp_path)
         wait_for_step(process, tmp_path)
-        if kill < kills // 2:  # aim at a save: go when a step's files are there and its marker is not
+        if kill < kills // 2:  # aim at a save: go when the files are there and the marker is not
             deadline = time.monotonic() + 20
             while not unfinished(tmp_path) and time.monotonic() < deadline:
                 time.sleep(0.0005)
