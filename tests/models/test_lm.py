@@ -1,6 +1,7 @@
 """What the language model adds to its blocks: auxiliary losses, encoders, tokens further ahead."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,34 @@ def batch(seed=0):
     return jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), weights
 
 
+# One program a shape, where calls that are not compiled as one are hundreds.
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graph, params, inputs, segments=None, state=None):
+    return nnx.merge(graph, params)(inputs, segments=segments, state=state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(name, graph, params, data, segments):
+    return getattr(nnx.merge(graph, params), name)(*data, segments=segments)
+
+
+def compiled(model):
+    """The model's call, which takes (inputs, segments, state)."""
+    return functools.partial(_call, *nnx.split(model))
+
+
+def training_loss(model, segments=IDS):
+    return _loss("training_loss", *nnx.split(model), batch(), segments)
+
+
+def nll(model):
+    return _loss("loss", *nnx.split(model), batch(), IDS)[0]
+
+
 def test_losses_of_layers_join_the_total_and_the_metrics():
     model = dataclasses.replace(SMALL, channel=dropless.Config(experts=4)).build(nnx.Rngs(0))
-    total, metrics, _ = model.training_loss(*batch(), segments=IDS)
-    assert_close(metrics["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
+    total, metrics, _ = training_loss(model)
+    assert_close(metrics["loss"], nll(model), np.float32, "nll")
     assert_close(total, metrics["loss"] + metrics["balance"] + metrics["z"], np.float32, "total")
     assert 1 <= float(metrics["load_max"]) <= 4 and float(metrics["dropped"]) == 0
 
@@ -40,12 +65,19 @@ def test_losses_of_layers_join_the_total_and_the_metrics():
 def test_losses_are_summed_and_metrics_averaged_over_layers(layers):
     config = dataclasses.replace(SMALL, depth=3, channel=dropless.Config(experts=4), layers=layers)
     model = config.build(nnx.Rngs(0))
-    _, metrics, _ = model.training_loss(*batch(), segments=IDS)
-    with auxiliary.collecting() as found:
-        flat = stacks.unrolled(model)
-        x = flat.embedded(batch()[0])
-        for block in flat.rest:
-            x, _ = block(x, segments=IDS)
+    _, metrics, _ = training_loss(model)
+
+    @jax.jit
+    def layer_by_layer(params):
+        with auxiliary.collecting() as found:
+            flat = stacks.unrolled(nnx.merge(graph, params))
+            x = flat.embedded(batch()[0])
+            for block in flat.rest:
+                x, _ = block(x, segments=IDS)
+        return found
+
+    graph, params = nnx.split(model)
+    found = layer_by_layer(params)
     assert_close(metrics["balance"], sum(found["losses"]["balance"]), np.float32, "loss")
     assert_close(metrics["entropy"], np.mean(found["metrics"]["entropy"]), np.float32, "metric")
 
@@ -53,7 +85,7 @@ def test_losses_are_summed_and_metrics_averaged_over_layers(layers):
 def test_remat_changes_no_metric():
     config = dataclasses.replace(SMALL, channel=dropless.Config(experts=4))
     plain, again = (
-        dataclasses.replace(config, remat=remat).build(nnx.Rngs(0)).training_loss(*batch())
+        training_loss(dataclasses.replace(config, remat=remat).build(nnx.Rngs(0)), None)
         for remat in ("none", "blocks")
     )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
@@ -65,16 +97,15 @@ def test_an_untied_head_is_a_weight_that_learns_and_decodes():
     assert model.head[...].shape == (32, 257)
     graph, params = nnx.split(model)
     loss = lambda params: nnx.merge(graph, params).loss(*batch(), segments=IDS)[0]
-    before, slopes = jax.jit(jax.value_and_grad(loss))(params)
+    slope = jax.jit(jax.value_and_grad(loss))
+    before, slopes = slope(params)
     assert all(np.asarray(slopes[name][...]).any() for name in ("embed", "head"))
     params = jax.tree.map(lambda weight, slope: weight - 0.1 * slope, params, slopes)
-    assert float(loss(params)) < float(before)
+    assert float(slope(params)[0]) < float(before)
     model, tokens = nnx.merge(graph, params), jnp.asarray([[1, 2, 3]])
     written = generate(model, tokens, 2, key=jax.random.key(0), temperature=0.0)
-    for token in written.T:
-        x, _ = model(tokens)
-        assert int(token[0]) == int(jnp.argmax(x[0, -1] @ model.head[...]))
-        tokens = jnp.concatenate([tokens, token[None]], axis=1)
+    x, _ = compiled(model)(jnp.concatenate([tokens, written[:, :1]], axis=1))
+    np.testing.assert_array_equal(written, jnp.argmax(x[:, 2:] @ model.head[...], axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -91,26 +122,28 @@ def test_any_arrangement_of_layers_takes_documents_and_a_state(change):
     """Layers one by one, stacked, or stacked and taken apart: a state goes on or starts anew."""
     built = dataclasses.replace(SMALL, **change).build(nnx.Rngs(0))
     inputs, _, _ = batch()
+    alone = jnp.stack([inputs[0, :8], inputs[1, 4:12]])
     for model in (built, stacks.unrolled(built)):
-        state = model.init_state(2, 16)
-        _, state = model(inputs[:, :4], segments=jnp.full((2, 4), 1), state=state)
-        numbers = jnp.asarray([[1] * 4, [2] * 4])
-        x, _ = model(inputs[:, 4:8], segments=numbers, state=state)
-        assert_close(x[0], model(inputs[:1, :8])[0][0, 4:], np.float32, "goes on")
-        assert_close(x[1], model(inputs[1:, 4:8])[0][0], np.float32, "starts anew")
+        call, state = compiled(model), model.init_state(2, 16)
+        _, state = call(inputs[:, :4], jnp.full((2, 4), 1), state)
+        x, _ = call(inputs[:, 4:8], jnp.asarray([[1] * 4, [2] * 4]), state)
+        want, _ = call(alone)
+        assert_close(x[0], want[0, 4:], np.float32, "goes on")
+        assert_close(x[1], want[1, :4], np.float32, "starts anew")
 
 
 def test_document_numbers_may_come_back_in_a_row():
     """1 x 5, 2 x 4, 1 x 5 is 1, 2, 3: in the row, after a carried state, and for what follows."""
     config = dataclasses.replace(SMALL, pattern=(softmax.Config(), synthesizer.Config(causal=True)))
     model, (inputs, _, _) = config.build(nnx.Rngs(0)), batch()
-    _, before = model(inputs[:, :4], segments=jnp.full((2, 4), 1), state=model.init_state(2, 19))
+    call = compiled(model)
+    _, before = call(inputs[:, :4], jnp.full((2, 4), 1), model.init_state(2, 19))
     number = lambda *of: jnp.asarray([[of[0]] * 5 + [of[1]] * 4 + [of[2]] * 5] * 2)
     for state in (model.init_state(2, 19), before):
-        want, kept = model(inputs[:, :14], segments=number(1, 2, 3), state=state)
-        got, again = model(inputs[:, :14], segments=number(1, 2, 1), state=state)
+        want, kept = call(inputs[:, :14], number(1, 2, 3), state)
+        got, again = call(inputs[:, :14], number(1, 2, 1), state)
         np.testing.assert_array_equal(got, want)
-        want, got = (model(inputs[:, 14:15], state=s)[0] for s in (kept, again))
+        want, got = (call(inputs[:, 14:15], None, s)[0] for s in (kept, again))
         np.testing.assert_array_equal(got, want)
 
 
@@ -151,19 +184,19 @@ def test_an_encoder_has_no_state():
 
 def test_positions_count_in_each_document_and_go_on_from_a_state():
     model = dataclasses.replace(SMALL, positions="sinusoidal").build(nnx.Rngs(0))
-    inputs, _, _ = batch()
-    packed, _ = model(inputs, segments=IDS)
-    for start, end in ((0, 10), (10, 16)):
-        alone, _ = model(inputs[:1, start:end])
-        assert_close(packed[:1, start:end], alone, np.float32, "alone")
+    call, (inputs, _, _) = compiled(model), batch()
+    packed, _ = call(inputs, IDS)
+    alone, _ = call(jnp.stack([inputs[0], jnp.roll(inputs[0], -10), inputs[1]]))
+    assert_close(packed[0, :10], alone[0, :10], np.float32, "alone")
+    assert_close(packed[0, 10:], alone[1, :6], np.float32, "alone")
     state, parts = model.init_state(2, 16), []
-    for start, end in ((0, 3), (3, 11), (11, 16)):  # the first row's documents meet within one
-        x, state = model(inputs[:, start:end], segments=IDS[:, start:end], state=state)
+    for start in range(0, 16, 4):  # the first row's documents meet within the third
+        x, state = call(inputs[:, start : start + 4], IDS[:, start : start + 4], state)
         parts.append(x)
     assert_close(jnp.concatenate(parts, axis=1), packed, np.float32, "in parts")
     assert state["position"].tolist() == [6, 16]
-    x, _ = model(inputs[:, :1], segments=jnp.full((2, 1), 9), state=state)  # another document
-    assert_close(x, model(inputs[:, :1])[0], np.float32, "fresh")
+    x, _ = call(inputs[:, :4], jnp.full((2, 4), 9), state)  # another document
+    assert_close(x, alone[::2, :4], np.float32, "fresh")
 
 
 def test_an_encoder_that_is_blind_to_order_learns_it_from_positions():
@@ -174,7 +207,8 @@ def test_an_encoder_that_is_blind_to_order_learns_it_from_positions():
     apart = {}
     for positions in ("none", "sinusoidal"):
         model = dataclasses.replace(config, positions=positions).build(nnx.Rngs(0))
-        x, _, _ = model._blocks(jnp.asarray([[1, 2, 3, 4]]), None, None, hidden)
+        read = jax.jit(lambda tokens: model._blocks(tokens, None, None, hidden))  # noqa: B023
+        x, _, _ = read(jnp.asarray([[1, 2, 3, 4]]))
         apart[positions] = float(jnp.abs(x[0, 0] - x[0, 2]).max())
     assert apart["none"] < 1e-6 and apart["sinusoidal"] > 1e-3
 
@@ -193,11 +227,11 @@ def test_tokens_further_ahead_count_within_their_document():
 def test_further_modules_leave_the_model_itself_alone():
     config = dataclasses.replace(SMALL, predict=3)
     model = config.build(nnx.Rngs(0))
-    total, metrics, _ = model.training_loss(*batch(), segments=IDS)
-    assert_close(metrics["loss"], model.loss(*batch(), segments=IDS)[0], np.float32, "nll")
+    total, metrics, _ = training_loss(model)
+    assert_close(metrics["loss"], nll(model), np.float32, "nll")
     assert_close(total, metrics["loss"] + metrics["further"], np.float32, "total")
     state = model.init_state(2, 16)
-    assert model(batch()[0], state=state)[0].shape == (2, 16, 32)
+    assert jax.eval_shape(compiled(model), batch()[0], None, state)[0].shape == (2, 16, 32)
 
 
 def test_norms_stand_where_the_config_says():

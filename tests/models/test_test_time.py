@@ -67,27 +67,34 @@ def ttt(module, x):
     return outward(o.reshape(q.shape) * np.asarray(jax.nn.gelu(z)), module.o)
 
 
+def read_ttt(w, gain, shift, x):
+    """f(x; w) of one head."""
+    y = x
+    for n, (matrix, bias) in enumerate(w):
+        y = (jax.nn.gelu(y) if n else y) @ matrix + bias
+    y = y - y.mean()
+    y = y / jnp.sqrt((y * y).mean() + 1e-6)
+    return x + y * gain + shift
+
+
+def loss_ttt(w, gain, shift, k, v):
+    return jnp.square(read_ttt(w, gain, shift, k) - v).sum() / 2
+
+
+reads_ttt, slope_ttt = jax.jit(read_ttt), jax.jit(jax.grad(loss_ttt))
+
+
 def inner_ttt(module, head, places, q, k, v, rate, share):
     w = [[w[head], b[head, 0]] for w, b in zip(module.w, module.b, strict=True)]
-
-    def f(w, x):
-        y = x
-        for n, (matrix, bias) in enumerate(w):
-            y = (jax.nn.gelu(y) if n else y) @ matrix + bias
-        y = y - y.mean()
-        y = y / jnp.sqrt((y * y).mean() + 1e-6)
-        return x + y * module.gain[head] + module.shift[head]
-
-    slope = jax.jit(jax.grad(lambda w, k, v: jnp.square(f(w, k) - v).sum() / 2))
-    f = jax.jit(f)
-    sums, out = jax.tree.map(jnp.zeros_like, w), []
+    w, share, *norm = jax.tree.map(np.asarray, (w, share, module.gain[head], module.shift[head]))
+    sums, out = jax.tree.map(np.zeros_like, w), []
     for t, place in enumerate(places):
         if place == 0 and t:
             w = less(w, share[-1], sums)
-            sums = jax.tree.map(jnp.zeros_like, w)
-        found = slope(w, k[t, head], v[t, head])
+            sums = jax.tree.map(np.zeros_like, w)
+        found = jax.tree.map(np.asarray, slope_ttt(w, *norm, k[t, head], v[t, head]))
         sums = less(sums, -rate[t, head], found)
-        out.append(f(less(w, share[place], sums), q[t, head]))
+        out.append(np.asarray(reads_ttt(less(w, share[place], sums), *norm, q[t, head])))
     return np.stack(out)
 
 
@@ -96,35 +103,25 @@ def test_ttt_is_gradient_steps_token_by_token(config):
     compare(config, ttt)
 
 
-def recall(memory, head):
+def recall(w, x):
     """M(x; w) of one head."""
-
-    def read(w, x):
-        y = x
-        for n, matrix in enumerate(w):
-            y = (jax.nn.silu(y) if n else y) @ matrix
-        return y
-
-    return read
+    y = x
+    for n, matrix in enumerate(w):
+        y = (jax.nn.silu(y) if n else y) @ matrix
+    return y
 
 
-def learner(memory, head):
+recalls = jax.jit(recall)
+
+
+@jax.jit
+def learn(taken, w, momentum, k, v, gates, rate, clip):
     """One step of eqs. 13 and 14 with the gradient at `taken`."""
-    read = recall(memory, head)
-
-    def slope(w, k, v):
-        y, pull = jax.vjp(lambda w: read(w, k), w)
-        length = jnp.linalg.norm(y - v)
-        return pull((y - v) * jnp.minimum(1, memory.clip / length))[0]
-
-    @jax.jit
-    def step(taken, w, momentum, k, v, gates):
-        alpha, eta, theta = gates[0], gates[1], gates[2] * memory.rate
-        found = slope(taken, k, v)
-        momentum = jax.tree.map(lambda s, g: eta * s - theta * g, momentum, found)
-        return jax.tree.map(lambda w, s: (1 - alpha) * w + s, w, momentum), momentum
-
-    return step, jax.jit(read)
+    y, pull = jax.vjp(lambda w: recall(w, k), taken)
+    (found,) = pull((y - v) * jnp.minimum(1, clip / jnp.linalg.norm(y - v)))
+    alpha, eta, theta = gates[0], gates[1], gates[2] * rate
+    momentum = jax.tree.map(lambda s, g: eta * s - theta * g, momentum, found)
+    return jax.tree.map(lambda w, s: (1 - alpha) * w + s, w, momentum), momentum
 
 
 def gates_of(memory, x):
@@ -139,17 +136,18 @@ def memorised(module, x):
         [silu(convolved(through(part, module.qkv), module.conv)) for part in tokens]
     )
     q, k, v = l2(qkv[:, 0]), l2(qkv[:, 1]), qkv[:, 2]
-    gates = np.concatenate([gates_of(module.memory, part) for part in tokens])
+    memory = module.memory
+    gates = np.concatenate([gates_of(memory, part) for part in tokens])
     places = np.concatenate([np.arange(len(part)) for part in tokens]) % module.batch
     heads = []
     for head in range(q.shape[1]):
-        step, read = learner(module.memory, head)
-        w = taken = [w[head] for w in module.memory.w]
-        momentum, out = jax.tree.map(jnp.zeros_like, w), []
+        w = taken = [np.asarray(w[head]) for w in memory.w]
+        momentum, out = jax.tree.map(np.zeros_like, w), []
         for t, place in enumerate(places):
             taken = w if place == 0 else taken
-            w, momentum = step(taken, w, momentum, k[t, head], v[t, head], gates[t, :, head])
-            out.append(read(w, q[t, head]))
+            token = k[t, head], v[t, head], gates[t, :, head]
+            w, momentum = learn(taken, w, momentum, *token, memory.rate, memory.clip)
+            out.append(recalls(w, q[t, head]))
         heads.append(np.stack(out))
     o = rms(np.stack(heads, 1)[len(tokens[0]) :], np.asarray(module.norm[...])) * silu(
         through(x, module.z)
@@ -173,9 +171,10 @@ def test_two_steps_of_a_memory_by_hand(batch, want):
     module = nnx.merge(graph, jax.tree.map(jnp.zeros_like, params))
     module.qkv[...] = module.qkv[...].at[0, :, 0, 0].set(1.0)
     module.conv.taps[...] = module.conv.taps[...].at[-1].set(1.0)
+    call = jax.jit(lambda state: module(jnp.asarray([[[1.0, 7.0]]]), state=state)[1])
     state, found = module.init_state(1, 2), []
     for _ in range(2):
-        _, state = module(jnp.asarray([[[1.0, 7.0]]]), state=state)
+        state = call(state)
         found.append(np.asarray(state["memory"].weights[0]["w"])[0, 0] / 0.7310586)  # silu(1)
     assert [np.count_nonzero(w) for w in found] == [1, 1]
     np.testing.assert_allclose([w[0, 0] for w in found], want, rtol=1e-5)
@@ -200,15 +199,14 @@ def attended(q, k, v, sees):
 def in_context(module, x):
     """arXiv 2501.00663, eqs. 21 to 25, segment by segment."""
     memory, heads = module.memory, module.q.shape[1]
-    learners = [learner(memory, head) for head in range(heads)]
-    w = [[w[head] for w in memory.w] for head in range(heads)]
-    momentum, out = jax.tree.map(jnp.zeros_like, w), []
+    w = [[np.asarray(w[head]) for w in memory.w] for head in range(heads)]
+    momentum, out = jax.tree.map(np.zeros_like, w), []
     always = np.moveaxis(through(np.asarray(module.persistent[...]), module.kv), 1, 0)
     for start in range(0, len(x), module.segment):
         part = x[start : start + module.segment]
         places, order = np.arange(len(part)), np.tril(np.ones((len(part),) * 2, bool))
         ask = l2(through(part, module.ask))
-        asked = [[learners[h][1](w[h], token[h]) for h in range(heads)] for token in ask]
+        asked = [[recalls(w[h], token[h]) for h in range(heads)] for token in ask]
         recalled = outward(np.array(asked), module.recall)
         (hk, hv), (k, v) = (np.moveaxis(through(a, module.kv), 1, 0) for a in (recalled, part))
         keys = np.concatenate([always[0], turned(hk, places), turned(k, places)])
@@ -220,11 +218,10 @@ def in_context(module, x):
         q, k, gates, taken = l2(q), l2(k), gates_of(memory, y), list(w)
         m = np.zeros_like(q)
         for t in places:
-            for h, (step, read) in enumerate(learners):
-                w[h], momentum[h] = step(
-                    taken[h], w[h], momentum[h], k[t, h], v[t, h], gates[t, :, h]
-                )
-                m[t, h] = read(w[h], q[t, h])
+            for h in range(heads):
+                token = k[t, h], v[t, h], gates[t, :, h], memory.rate, memory.clip
+                w[h], momentum[h] = learn(taken[h], w[h], momentum[h], *token)
+                m[t, h] = recalls(w[h], q[t, h])
         out.append(rms(y, np.asarray(module.norm.scale[...])) * sigmoid(outward(m, module.gate)))
     return np.concatenate(out)
 
