@@ -105,9 +105,9 @@ def test_a_model_without_channel_mixer_gets_another_depth():
 
 def test_a_miss_names_the_nearest_two_below_and_above():
     given = experiment("mamba2", 64, 1)  # widths in steps of 32, and two depths
-    chosen = budget.named("state:64")
+    chosen, known = budget.named("state:64"), {}
     values = {
-        (w, d): chosen.measure(sizes.sized(given, width=w, depth=d))
+        (w, d): budget.value(sizes.sized(given, width=w, depth=d), chosen, known)
         for w in (32, 64, 96)
         for d in (1, 2)
     }
@@ -115,7 +115,7 @@ def test_a_miss_names_the_nearest_two_below_and_above():
     (low, below), (high, above) = sorted((v, at) for at, v in values.items())[:2]
     assert low < target < high
     with pytest.raises(ValueError) as caught:
-        budget.solve(given, chosen, target)
+        budget.solve(given, chosen, target, known=known)
     line = str(caught.value)
     assert "\n" not in line
     assert line.startswith(f"state:64: nothing within 1 % of {target / 1e3:.4g} kB. Nearest: ")

@@ -45,6 +45,11 @@ def run_of(folder: Path, model: lm.Config):
     return str(folder / "run"), experiment, expected
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept(programs_are_kept):
+    """Most tests here validate the same model, each from programs of its own."""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder, the config and the validation of a small model's run."""

@@ -20,6 +20,7 @@ from tests.evaluation.test_measure import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("softmax", "gla", "gated_deltanet", "mamba2", "rg_lru", "hyena")
+FIRST = ("softmax", "rg_lru", "hyena")  # of the gate: keys and values, a line, inputs of filters
 
 
 def subject_of(pattern: str, *, length: int = 32, batch: int = 2, depth: int = 2) -> Subject:
@@ -29,7 +30,9 @@ def subject_of(pattern: str, *, length: int = 32, batch: int = 2, depth: int = 2
     return Subject(pattern, experiment, devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.long) for n in FAMILIES]
+)
 def test_state_bytes_are_those_that_decoding_carries(name):
     """After prompts of 224 tokens there is room for 32 more: 256, the curve's first point."""
     batch = 2
@@ -56,13 +59,20 @@ def test_the_state_of_a_window_stops_growing_at_the_window():
     assert full[1] < between[2] < full[2] and between[3:] == [between[2]] * 4
 
 
-def test_the_state_of_attention_is_a_line_over_its_context_and_a_recurrent_one_is_flat():
+# resources/test_models.py::test_only_unbounded_attention_grows_with_its_context is of all of them
+FLAT = [pytest.param(name, marks=[pytest.mark.long] * (name != "gla")) for name in FAMILIES[1:5]]
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_the_state_of_a_recurrence_is_flat_over_its_context(name):
+    assert len(set(state_curve(name))) == 1
+
+
+def test_the_state_of_attention_is_a_line_over_its_context():
     sizes, full = curves.CONTEXT, state_curve("softmax")
     slopes = {(full[i] - full[0]) / (sizes[i] - sizes[0]) for i in range(1, len(sizes))}
     keys_and_values, place = 2 * 32 * 2, 4  # of bfloat16; the position of the slot's token
     assert slopes == {2 * (keys_and_values + place)}
-    for name in ("gla", "gated_deltanet", "mamba2", "rg_lru"):
-        assert len(set(state_curve(name))) == 1
     hybrid = state_curve("rg_lru,softmax")
     assert hybrid[-1] - hybrid[0] == (full[-1] - full[0]) / 2
 
