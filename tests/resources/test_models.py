@@ -176,6 +176,8 @@ def test_executed_flops_have_a_rule_for_everything(config, formula):
     assert 2.5 * needed < train.total < 7 * needed
 
 
+# test_executed.py::test_executed_flops_equal_the_hand_count counts it to the last contraction.
+@pytest.mark.long
 @each_mixer
 def test_remat_of_blocks_executes_one_more_forward(config, formula):
     plain, again = (
