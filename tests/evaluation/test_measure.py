@@ -158,19 +158,24 @@ def test_a_planted_crossover_is_found_and_says_why(monkeypatch):
     assert found.why in table.told(found)
 
 
-def test_a_meter_is_read_only_for_energy(monkeypatch):
+TRAINING, ALL = ("train",), tuple(speed.KINDS)
+
+
+@pytest.mark.parametrize("kinds", [TRAINING, pytest.param(ALL, marks=pytest.mark.long)])
+def test_a_meter_is_read_only_for_energy(monkeypatch, kinds):
     readings = itertools.count(2)
     meter = energy.Meter("fake", 0.001, (energy.Counter(lambda: 2 * next(readings), 1.0),))
     monkeypatch.setattr(energy, "meter", lambda: meter)
     monkeypatch.setattr(energy, "measure", functools.partial(energy.measure, windows=1))
-    monkeypatch.setattr(speed, "KINDS", {"train": speed.training})
+    monkeypatch.setattr(speed, "KINDS", {kind: speed.KINDS[kind] for kind in kinds})
     subject = subject_of(glu.Config())
     measure.measure([subject], ["speed"], OPTIONS)
     assert next(readings) == 2
     found = measure.measure([subject], ["energy"], OPTIONS).columns[0].resources["energy"]
     (idle,) = (row for row in found if row.name == "idle power")
     assert idle.provenance == "measured" and 0 < idle.value <= 1  # 2 J in two seconds
-    assert next(row for row in found if row.name == "train energy").provenance == "measured"
+    for kind in kinds:
+        assert next(r for r in found if r.name == f"{kind} energy").provenance == "measured"
 
 
 @pytest.mark.parametrize(
