@@ -76,6 +76,18 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "peers" and config.option.markexpr != "peers" else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file stay in one worker: what one of them compiled serves the others.
+
+    The contract, whose groups are small, comes last: it leaves no worker alone at the end.
+    """
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.stem == "test_contract")
+
+
 @pytest.fixture(autouse=True)
 def programs_are_dropped():
     """Forgets compiled programs before they fill the address space and the process dies."""
