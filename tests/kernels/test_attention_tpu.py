@@ -114,13 +114,13 @@ def assert_matches_reference(given, **options):
     ("names", "options"),
     [
         (("sinks", "log_forget"), {}),
-        ((), {"window": 200}),
+        ((), {"window": 100}),
         ((), {"causal": False}),
     ],
 )
 def test_queries_split_over_several_calls(names, options, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "room", lambda: pallas_tpu.Room(128, 512, 1 << 16))
-    assert_matches_reference(draw(600, 4, 2, 16, names), **options)
+    assert_matches_reference(draw(300, 4, 2, 16, names), **options)
 
 
 def test_programs_of_some_heads():

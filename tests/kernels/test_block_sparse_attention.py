@@ -17,6 +17,7 @@ from kernels.block_sparse_attention import (
     patterns,
     xla,
 )
+from tests.kernels.crossed import crossed
 from tests.kernels.heads import (
     assert_same,
     by_hand,
@@ -30,17 +31,31 @@ from tests.tolerance import assert_close
 
 IMPLS = ["ref", "xla"]
 # Whether the lists are known when the program is traced; to the reference it makes no difference.
-each_form = pytest.mark.parametrize(
-    ("impl", "known"), [("ref", True), ("xla", True), ("xla", False)]
-)
+FORMS = REFERENCE, KNOWN, TRACED = [("ref", True), ("xla", True), ("xla", False)]
+each_form = pytest.mark.parametrize(("impl", "known"), FORMS)
 
 
-@each_form
+SIZES = [(16, 16, (1, 1)), (8, 1, (2, 2)), (1, 1, (1, 6)), (4, 12, (2, 1)), (100, 7, (1, 2))]
+
+
 @pytest.mark.parametrize(
-    ("block", "query_block", "shared"),
-    [(16, 16, (1, 1)), (8, 1, (2, 2)), (1, 1, (1, 6)), (4, 12, (2, 1)), (100, 7, (1, 2))],
+    ("form", "size"),
+    crossed(
+        FORMS,
+        SIZES,
+        gate=[
+            (REFERENCE, SIZES[1]),
+            (REFERENCE, SIZES[3]),
+            (KNOWN, SIZES[0]),
+            (KNOWN, SIZES[2]),
+            (KNOWN, SIZES[3]),
+            (TRACED, SIZES[1]),
+            (TRACED, SIZES[4]),
+        ],
+    ),
 )
-def test_equals_brute_force(impl, known, shared, block, query_block):
+def test_equals_brute_force(form, size):
+    (impl, known), (block, query_block, shared) = form, size
     q, k, v = draw(2, 61, 6, 2, 8, 6)
     blocks, count = -(-61 // block), -(-61 // query_block)
     indices = random_lists(*shared, count, 5, blocks=blocks)
@@ -55,10 +70,23 @@ def test_equals_brute_force(impl, known, shared, block, query_block):
     assert_close(run(q, k, v), expected, "float32", "out")
 
 
-@each_form
-@pytest.mark.parametrize("options", [{}, {"window": 20}, {"causal": False}, {"scale": 0.5}])
-def test_all_blocks_equal_attention(impl, known, options):
+@pytest.mark.parametrize(
+    ("form", "options"),
+    crossed(
+        FORMS,
+        [{}, {"window": 20}, {"causal": False}, {"scale": 0.5}],
+        gate=[
+            (REFERENCE, {"scale": 0.5}),
+            (KNOWN, {}),
+            (KNOWN, {"window": 20}),
+            (TRACED, {"causal": False}),
+            (TRACED, {"scale": 0.5}),
+        ],
+    ),
+)
+def test_all_blocks_equal_attention(form, options):
     """With segments whose numbers come back for other documents."""
+    impl, known = form
     q, k, v = draw(2, 75, 4, 2, 8, 6)
     segments = np.repeat([[1, 0, 2, 1], [0, 5, 6, 0]], [20, 3, 30, 22], axis=1).astype(np.int32)
     indices = np.tile(np.arange(5, dtype=np.int32), (1, 1, 10, 1))
@@ -78,9 +106,15 @@ def test_a_list_is_a_set(impl):
     mixed = np.asarray([[3, 1, 0, 3, 1, 3]] * 8, np.int32)[None, None]
     beyond = np.asarray([[0, -7, 3, 99, 1, 8]] * 8, np.int32)[None, None]
     run = functools.partial(block_sparse_attention, block=8, impl=impl)
-    expected = value_and_slopes(functools.partial(run, indices=jnp.asarray(plain)), q, k, v)
-    for other in (jnp.asarray(mixed), jnp.asarray(beyond)):
-        found = value_and_slopes(functools.partial(run, indices=other), q, k, v)
+
+    @jax.jit
+    def evaluate(indices):
+        out, pullback = jax.vjp(functools.partial(run, indices=indices), q, k, v)
+        return out, *pullback(jnp.cos(out))
+
+    expected = evaluate(plain)
+    for other in (mixed, beyond):
+        found = evaluate(other)
         assert_same(found, expected)
         np.testing.assert_array_equal(found[0], expected[0])
 
@@ -123,8 +157,9 @@ def test_a_saturated_softmax_stays_finite_and_close(dtype):
     assert_close(found[3], expected[3], dtype, "dv")
 
 
-@pytest.mark.parametrize("budget", [1, 1 << 16])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("budget", "known"), crossed([1, 1 << 16], [True, False], gate=[(1, True), (1 << 16, False)])
+)
 def test_lists_and_rows_in_several_pieces(budget, known, monkeypatch):
     """A budget that cuts the rows into chunks, and one that also cuts every list into pieces."""
     monkeypatch.setattr(xla, "CHUNK_BYTES", budget)
@@ -149,9 +184,12 @@ def test_numerical_slopes(options):
         check_grads(run, (q, k, v), 1, ["rev"])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("window", "query_block"), [(0, 1), (20, 10)])
-def test_all_slots_equal_cached_attention(impl, window, query_block):
+@pytest.mark.parametrize(
+    ("impl", "sizes"),
+    crossed(IMPLS, [(0, 1), (20, 10)], gate=[("ref", (0, 1)), ("xla", (20, 10))]),
+)
+def test_all_slots_equal_cached_attention(impl, sizes):
+    window, query_block = sizes
     q, k, v = draw(2, 25, 4, 2, 8, 6, slots=50)
     rng = np.random.default_rng(2)
     order = rng.permuted(np.tile(np.arange(-5, 45), (2, 1)), axis=1)
@@ -173,8 +211,10 @@ def test_all_slots_equal_cached_attention(impl, window, query_block):
     assert_same(value_and_slopes(run, q, k, v), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "known"),
+    crossed(["float32", "bfloat16"], [True, False], gate=[("float32", True), ("bfloat16", False)]),
+)
 def test_chosen_slots_match_the_reference(dtype, known):
     q, k, v = draw(2, 21, 4, 2, 8, 6, slots=50, dtype=dtype)
     indices = random_lists(1, 4, 6, 3, blocks=13)

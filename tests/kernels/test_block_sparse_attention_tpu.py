@@ -14,6 +14,7 @@ from kernels.block_sparse_attention import (
     pallas_tpu,
 )
 from kernels.block_sparse_attention import pallas_tpu_schedule as schedule
+from tests.kernels.crossed import crossed
 from tests.kernels.heads import (
     assert_same,
     draw,
@@ -39,15 +40,18 @@ def test_schedules_meet_every_pair_once(known, width, causal):
     count, blocks = 12, 12
     indices = random_lists(2, 3, count, width, blocks=blocks)
     first, end = lists.reach(count * 4, 4, 4, causal, 0)
-    given = indices if known else jnp.asarray(indices)
-    chosen = lists.distinct(given, first, end, blocks)
-    chosen = (np if known else jnp).sort(chosen, axis=-1)
-    bound = np.minimum(end - first, width)
-    counts = (chosen != blocks).sum(-1).max((0, 1)) if known else bound
     at = np.arange(blocks)
     reached = ((first[:, None] <= at) & (at < end[:, None])).sum(0)
-    down = schedule.by_query(chosen, counts, 4, blocks)
-    across = schedule.by_key(chosen, counts, reached, 4)
+
+    def walks(given):
+        chosen = lists.distinct(given, first, end, blocks)
+        chosen = (np if known else jnp).sort(chosen, axis=-1)
+        bound = np.minimum(end - first, width)
+        counts = (chosen != blocks).sum(-1).max((0, 1)) if known else bound
+        across = schedule.by_key(chosen, counts, reached, 4)
+        return schedule.by_query(chosen, counts, 4, blocks), across
+
+    down, across = (walks if known else jax.jit(walks))(indices)
     down, across = (schedule.Schedule(*(np.asarray(x) for x in walk)) for walk in (down, across))
     for unit in np.ndindex(2, 3):
         rows = [set(row.tolist()) for row in indices[unit]]
@@ -62,10 +66,12 @@ def test_schedules_meet_every_pair_once(known, width, causal):
 def test_tiles_name_the_spans_and_bits_of_their_lists(known, span, blocks):
     """Two heads of 7 lists each in tiles of 3; spans of 40 blocks take two words."""
     indices = random_lists(1, 2, 14, 5, blocks=blocks)
-    given = indices if known else jnp.asarray(indices)
     every = np.zeros(14, np.int32), np.full(14, blocks, np.int32)
-    chosen = lists.distinct(given, *every, blocks)
-    coarse, bits = (np.asarray(x) for x in schedule.tile(chosen, 2, 3, span, blocks))
+
+    def tile(given):
+        return schedule.tile(lists.distinct(given, *every, blocks), 2, 3, span, blocks)
+
+    coarse, bits = (np.asarray(x) for x in (tile if known else jax.jit(tile))(indices))
     words = -(-span // 32)
     assert coarse.shape[2] == 6 and bits.shape == (1, 2, 6, -(-blocks // span) * words, 3)
     for g, head, n in np.ndindex(2, 2, 7):
@@ -85,16 +91,21 @@ def kernel_against_reference(arrays, indices, **given):
         assert_same(value_and_slopes(functools.partial(run, impl="pallas_tpu"), *arrays), expected)
 
 
+FINE = (1, 1, 4, {})  # spans of more than 32 blocks: two words of bits
+SINGLE = (16, 16, 4, {"causal": False})  # single blocks, a list for every query head
+SHARED = (64, 32, 1, {"window": 40})  # one list for all heads
+
+
 @pytest.mark.parametrize(
-    ("block", "query_block", "heads", "options"),
-    [
-        (1, 1, 4, {}),  # spans of more than 32 blocks: two words of bits
-        (16, 16, 4, {"causal": False}),  # single blocks, a list for every query head
-        (64, 32, 1, {"window": 40}),  # one list for all heads
-    ],
+    ("case", "known"),
+    crossed(
+        [FINE, SINGLE, SHARED],
+        [True, False],
+        gate=[(FINE, True), (SINGLE, False), (SHARED, True)],
+    ),
 )
-@pytest.mark.parametrize("known", [True, False])
-def test_tpu_kernels_match_the_reference(block, query_block, heads, options, known):
+def test_tpu_kernels_match_the_reference(case, known):
+    block, query_block, heads, options = case
     arrays = draw(2, 140, 4, 2, 8, 6)
     shape = (1, heads, -(-140 // query_block), 4)
     indices = random_lists(*shape, blocks=-(-140 // block))

@@ -11,12 +11,15 @@ from jax.sharding import PartitionSpec as P
 from kernels.linear_scan import complex_linear_scan, linear_scan, pallas_tpu
 from kernels.linear_scan.rotation import cos_and_sin, one_part, two_parts
 from tests.kernels import packed
+from tests.kernels.crossed import crossed
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(complex_linear_scan, static_argnames="impl")
+real_scan = jax.jit(linear_scan, static_argnames="impl")
 each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
 each_kind = pytest.mark.parametrize("constant", (True, False), ids=("constant", "per-step"))
+IMPLS, KINDS = ("ref", "xla", "pallas_tpu"), ("constant", "per-step")
 NAMES = ("dx_real", "dx_imag", "dlog_decay", "dphase", "dstate")
 pytestmark = pytest.mark.usefixtures("interpreter")
 SEGMENTS = packed.SEGMENTS[:3]
@@ -53,17 +56,14 @@ def brute_force(x_real, x_imag, log_decay, phase, state, segments):
     return (h.real, h.imag), np.stack([final.real, final.imag], axis=1)
 
 
-def value_and_gradients(function, arguments, seed=5):
+@functools.partial(jax.jit, static_argnames="impl")
+def value_and_gradients(arguments, segments=None, impl="xla"):
     """(outputs, gradients) for random cotangents."""
-
-    @jax.jit
-    def run(*arguments):
-        outputs, pullback = jax.vjp(function, *arguments)
-        rng = np.random.default_rng(seed)
-        slopes = jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs)
-        return jax.tree.leaves(outputs), pullback(slopes)
-
-    return run(*arguments)
+    function = functools.partial(scan, segments=segments, impl=impl)
+    outputs, pullback = jax.vjp(function, *arguments)
+    rng = np.random.default_rng(5)
+    slopes = jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs)
+    return jax.tree.leaves(outputs), pullback(slopes)
 
 
 def scan(x_real, x_imag, log_decay, phase, state, **options):
@@ -84,17 +84,16 @@ def test_equals_a_loop_over_complex_numbers(impl, constant):
 
 @each_impl
 def test_constant_factors_equal_the_same_at_every_step(impl):
-    arguments = draw(3, 14, 5, constant=True)
-    function = functools.partial(scan, segments=jnp.asarray(SEGMENTS), impl=impl)
-
-    def repeated(x_real, x_imag, log_decay, phase, state):
-        steps = (jnp.broadcast_to(a, x_real.shape) for a in (log_decay, phase))
-        return function(x_real, x_imag, *steps, state)
-
-    results = [value_and_gradients(f, arguments) for f in (function, repeated)]
-    for found, want in zip(*(outputs for outputs, _ in results), strict=True):
+    x_real, x_imag, log_decay, phase, state = draw(3, 14, 5, constant=True)
+    steps = [np.broadcast_to(a, x_real.shape) for a in (log_decay, phase)]
+    outputs, slopes = value_and_gradients(
+        (x_real, x_imag, log_decay, phase, state), SEGMENTS, impl=impl
+    )
+    repeated, parts = value_and_gradients((x_real, x_imag, *steps, state), SEGMENTS, impl=impl)
+    for found, want in zip(outputs, repeated, strict=True):
         assert_close(found, want, "float32", "output")
-    for name, found, want in zip(NAMES, *(slopes for _, slopes in results), strict=True):
+    for name, found, part in zip(NAMES, slopes, parts, strict=True):
+        want = np.asarray(part).sum((0, 1)) if found.ndim == 1 else part
         assert_close(found, want, "float32", name)
 
 
@@ -105,32 +104,56 @@ def test_without_turning_it_is_two_real_recurrences(impl, constant):
     h, final = scan(x_real, x_imag, log_decay, jnp.zeros_like(log_decay), state, impl=impl)
     for n, x in enumerate((x_real, x_imag)):
         steps = jnp.broadcast_to(log_decay, x.shape)
-        want, want_final = linear_scan(x, steps, initial_state=state[:, n], impl="ref")
+        want, want_final = real_scan(x, steps, initial_state=state[:, n], impl="ref")
         assert_close(h[n], want, "float32", "h")
         assert_close(final[:, n], want_final, "float32", "final state")
 
 
-@each_kind
-@pytest.mark.parametrize(("impl", "length"), [("xla", 1500), ("xla", 6000), ("pallas_tpu", 6000)])
-def test_thousands_of_steps_do_not_drift(impl, length, constant):
+@pytest.mark.parametrize(
+    ("run", "kind"),
+    crossed(
+        [("xla", 1500), ("xla", 6000), ("pallas_tpu", 6000)],
+        KINDS,
+        gate=[
+            (("xla", 1500), "constant"),
+            (("xla", 6000), "per-step"),
+            (("pallas_tpu", 6000), "constant"),
+        ],
+    ),
+)
+def test_thousands_of_steps_do_not_drift(run, kind):
     """Channels that never forget, against float64: values and slopes, of the phase above all."""
-    x_real, x_imag, log_decay, phase, state = draw(1, length, 24, constant, seed=7)
+    impl, length = run
+    x_real, x_imag, log_decay, phase, state = draw(1, length, 24, kind == "constant", seed=7)
     log_decay = log_decay * jnp.tile(jnp.asarray([0.0, 1e-4, 1e-2]), 8)
     narrow = (x_real, x_imag, log_decay, phase, state)
-    outputs, slopes = value_and_gradients(functools.partial(scan, impl=impl), narrow)
+    outputs, slopes = value_and_gradients(narrow, impl=impl)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in narrow]
-        want, want_slopes = value_and_gradients(functools.partial(scan, impl="ref"), wide)
+        want, want_slopes = value_and_gradients(wide, impl="ref")
     for found, exact in zip(outputs, want, strict=True):
         assert_close(found, exact, "float32", "output")
     for name, found, exact in zip(NAMES, slopes, want_slopes, strict=True):
         assert_close(found, exact, "float32", name)
 
 
-@each_impl
-@each_kind
-@pytest.mark.parametrize("cut", [1, 8])
-def test_two_parts_and_single_tokens_equal_the_whole(impl, constant, cut):
+@pytest.mark.parametrize(
+    ("impl", "kind", "cut"),
+    crossed(
+        IMPLS,
+        KINDS,
+        [1, 8],
+        gate=[
+            ("ref", "constant", 8),
+            ("xla", "constant", 1),
+            ("xla", "per-step", 8),
+            ("pallas_tpu", "constant", 8),
+            ("pallas_tpu", "per-step", 1),
+        ],
+    ),
+)
+def test_two_parts_and_single_tokens_equal_the_whole(impl, kind, cut):
+    constant = kind == "constant"
     x_real, x_imag, log_decay, phase, state = draw(2, 9, 5, constant)
     want, want_final = scan(x_real, x_imag, log_decay, phase, state, impl=impl)
     edges = [0, *range(cut, 9, cut), 9]
@@ -146,14 +169,25 @@ def test_two_parts_and_single_tokens_equal_the_whole(impl, constant, cut):
     assert_close(state, want_final, "float32", "final state")
 
 
-@each_impl
-@each_kind
-@pytest.mark.parametrize("length", [1, 6])
-def test_a_decay_of_minus_infinity_forgets_and_has_slope_zero(impl, constant, length):
-    x_real, x_imag, log_decay, phase, state = draw(2, length, 5, constant)
+@pytest.mark.parametrize(
+    ("impl", "kind", "length"),
+    crossed(
+        IMPLS,
+        KINDS,
+        [1, 6],
+        gate=[
+            ("ref", "per-step", 6),
+            ("xla", "constant", 6),
+            ("xla", "per-step", 1),
+            ("pallas_tpu", "constant", 1),
+            ("pallas_tpu", "per-step", 6),
+        ],
+    ),
+)
+def test_a_decay_of_minus_infinity_forgets_and_has_slope_zero(impl, kind, length):
+    x_real, x_imag, log_decay, phase, state = draw(2, length, 5, kind == "constant")
     never = jnp.full_like(log_decay, -jnp.inf)
-    function = functools.partial(scan, impl=impl)
-    outputs, slopes = value_and_gradients(function, (x_real, x_imag, never, phase, state))
+    outputs, slopes = value_and_gradients((x_real, x_imag, never, phase, state), impl=impl)
     np.testing.assert_array_equal(outputs[0], x_real)
     np.testing.assert_array_equal(outputs[1], x_imag)
     for slope in slopes[2:]:
@@ -164,10 +198,9 @@ def test_a_decay_of_minus_infinity_forgets_and_has_slope_zero(impl, constant, le
 def test_nan_at_padding_reaches_nothing(impl):
     arguments = draw(3, 14, 5, constant=False)
     padding = jnp.asarray(SEGMENTS == 0)[..., None]
-    function = functools.partial(scan, segments=jnp.asarray(SEGMENTS), impl=impl)
     dirty = [jnp.where(padding, jnp.nan, a) for a in arguments[:4]]
-    clean = value_and_gradients(function, arguments)
-    found = value_and_gradients(function, (*dirty, arguments[4]))
+    clean = value_and_gradients(arguments, SEGMENTS, impl=impl)
+    found = value_and_gradients((*dirty, arguments[4]), SEGMENTS, impl=impl)
     jax.tree.map(np.testing.assert_array_equal, found, clean)
     assert not np.any(np.asarray(found[1][2])[SEGMENTS == 0])
 
@@ -178,11 +211,12 @@ def test_nan_at_padding_reaches_nothing(impl):
 def test_dtypes(impl, constant, length):
     x_real, x_imag, log_decay, phase, _ = draw(2, length, 5, constant)
     half = (x_real.astype(jnp.bfloat16), x_imag.astype(jnp.bfloat16))
-    h, final = compiled(*half, log_decay, phase, impl=impl)
+    function = functools.partial(complex_linear_scan, impl=impl)
+    h, final = jax.eval_shape(function, *half, log_decay, phase)
     assert [part.dtype for part in h] == [jnp.bfloat16] * 2 and final.dtype == jnp.float32
     with jax.enable_x64(True):
         wide = [np.asarray(a, np.float64) for a in (x_real, x_imag, log_decay, phase)]
-        h, final = compiled(*wide, impl=impl)
+        h, final = jax.eval_shape(function, *wide)
         assert [part.dtype for part in h] == [jnp.float64] * 2 and final.dtype == jnp.float64
 
 
@@ -235,7 +269,7 @@ def test_works_inside_shard_map():
     over = lambda f: jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=(rows,) * 3)
     arguments = (x_real, x_imag, log_decay, phase)
     found = jax.jit(lambda a: jax.grad(total)(a, over))(arguments)
-    want = jax.grad(total)(arguments, lambda f: f)
+    want = jax.jit(lambda a: jax.grad(total)(a, lambda f: f))(arguments)
     for name, mine, expected in zip(NAMES[:4], found, want, strict=True):
         assert_close(mine, expected, "float32", name)
 

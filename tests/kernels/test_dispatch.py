@@ -85,7 +85,7 @@ def test_labelling_names_every_call_and_changes_no_value(monkeypatch):
         h, state = linear_scan(x, -jnp.abs(x), impl="ref")
         return linear_scan(h, -jnp.abs(x), initial_state=state)[0]
 
-    want = jax.grad(lambda x: jnp.sum(jnp.sin(twice(x))))(x)
+    want = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(twice(x)))))(x)
     with labelling() as labels:
         jaxpr = jax.make_jaxpr(twice)(x)
         found = jax.grad(lambda x: jnp.sum(jnp.sin(twice(x))))(x)

@@ -6,15 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from kernels import setting
 from kernels.gated_linear import gated_linear
 from kernels.gated_linear.cases import GROUPS, HEADS, KEY, VALUE
+from tests.kernels.crossed import crossed
 from tests.tolerance import assert_close, rms
 
 BATCH = 2
 GATES = ("scalar", "vector", "scalar, bonus", "vector, bonus")
+
+
+def each_gate(*kept):
+    """All gates, of which the gate of the tests runs the kept: each kind, with a bonus or not."""
+    long = pytest.mark.long
+    marked = [gate if gate in kept else pytest.param(gate, marks=long) for gate in GATES]
+    return pytest.mark.parametrize("gate", marked)
+
+
+vector_has_bonus = each_gate("scalar", "vector, bonus")
+scalar_has_bonus = each_gate("vector", "scalar, bonus")
 
 
 def draw(length, gate, *, seed=0, batch=BATCH):
@@ -104,23 +114,25 @@ def test_the_reference_is_attention_with_decayed_scores(gate):
     assert_close(final_state, state, "float64", "final state")
 
 
-def test_heads_of_a_group_share_queries_and_keys():
-    for gate in GATES:
-        arguments = draw(40, gate)
-        repeated = dict(arguments)
-        for name in "qk":
-            repeated[name] = np.repeat(arguments[name], HEADS // GROUPS, axis=2)
-        shared = evaluate(arguments, slopes(arguments))
-        apart = evaluate(repeated, slopes(arguments))
-        summed = dict(apart[2])
-        for name in "qk":
-            by_group = summed[name].reshape(BATCH, 40, GROUPS, HEADS // GROUPS, KEY)
-            summed[name] = by_group.sum(3)
-        assert_same(shared, (*apart[:2], summed))
+@scalar_has_bonus
+def test_heads_of_a_group_share_queries_and_keys(gate):
+    arguments = draw(70, gate)
+    repeated = dict(arguments)
+    for name in "qk":
+        repeated[name] = np.repeat(arguments[name], HEADS // GROUPS, axis=2)
+    shared = evaluate(arguments, slopes(arguments))
+    apart = evaluate(repeated, slopes(arguments))
+    summed = dict(apart[2])
+    for name in "qk":
+        by_group = np.asarray(summed[name]).reshape(BATCH, 70, GROUPS, HEADS // GROUPS, KEY)
+        summed[name] = by_group.sum(3)
+    assert_same(shared, (*apart[:2], summed))
 
 
-@pytest.mark.parametrize("length", [1, 40])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    crossed([1, 40], ["float32", "bfloat16"], gate=[(1, "bfloat16"), (40, "float32")]),
+)
 def test_a_constant_gate_is_that_gate_at_every_token(length, dtype):
     arguments = draw(length, "constant")
     for name in ("q", "k", "v", "log_decay"):
@@ -143,8 +155,14 @@ def test_a_scalar_gate_is_a_vector_gate_with_equal_entries():
     assert_same(scalar, vector)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("cut", [1, 33])
+@pytest.mark.parametrize(
+    ("gate", "cut"),
+    crossed(
+        GATES,
+        [1, 33],
+        gate=[("scalar", 1), ("vector", 33), ("scalar, bonus", 33), ("vector, bonus", 1)],
+    ),
+)
 def test_a_row_may_be_split_anywhere_and_the_state_passed_on(gate, cut):
     arguments = draw(70, gate)
 
@@ -164,11 +182,11 @@ def test_a_row_may_be_split_anywhere_and_the_state_passed_on(gate, cut):
     assert_same(run(arguments, cotangents), evaluate(arguments, cotangents))
 
 
-@pytest.mark.parametrize("gate", GATES)
+@vector_has_bonus
 def test_packed_documents_equal_separate_ones(gate):
     arguments = draw(70, gate, batch=1)
     segments = np.zeros((1, 70), np.int32)
-    documents = [slice(0, 5), slice(5, 41), slice(44, 68)]
+    documents = [slice(0, 5), slice(5, 36), slice(38, 69)]
     for number, where in enumerate(documents, start=1):
         segments[:, where] = number
     cotangents = slopes(arguments)
@@ -197,7 +215,7 @@ def test_packed_documents_equal_separate_ones(gate):
     assert not np.any(np.asarray(out)[segments == 0])
 
 
-@pytest.mark.parametrize("gate", GATES)
+@scalar_has_bonus
 @pytest.mark.parametrize(
     "choices",
     [(0.0,), (-1e-4,), (-30.0, -1e-4), (0.0, -1e-4, -30.0, -3000.0, -1e30)],
@@ -213,8 +231,14 @@ def test_extreme_gates_are_exact(gate, choices):
     assert_same(found, evaluate_exactly(arguments, slopes(arguments)))
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize(
+    ("gate", "length"),
+    crossed(
+        GATES,
+        [1, 70],
+        gate=[("scalar", 70), ("vector", 1), ("scalar, bonus", 1), ("vector, bonus", 70)],
+    ),
+)
 def test_float64_in_gives_float64_accuracy(gate, length):
     arguments = {n: x.astype(np.float64) for n, x in draw(length, gate).items()}
     segments = np.ones((BATCH, length), np.int32)
@@ -273,8 +297,9 @@ def test_one_token_takes_no_loop_and_equals_a_chunk(gate):
         for n, x in arguments.items()
     }
     segments = jnp.asarray([[1, 0]] * BATCH, jnp.int32)
-    out, final_state = gated_linear(**jax.tree.map(jnp.asarray, arguments))
-    chunk_out, chunk_state = gated_linear(**jax.tree.map(jnp.asarray, padded), segments=segments)
+    run = jax.jit(gated_linear)
+    out, final_state = run(**arguments)
+    chunk_out, chunk_state = run(**padded, segments=segments)
     assert_close(out, chunk_out[:, :1], "float32", "out")
     assert_close(final_state, chunk_state, "float32", "final state")
 
@@ -288,7 +313,7 @@ def test_one_padding_token_changes_nothing():
     assert not any(np.any(gradients[name]) for name in ("q", "k", "v", "log_decay"))
 
 
-@pytest.mark.parametrize("gate", GATES)
+@vector_has_bonus
 def test_memory_of_a_long_row_is_its_chunk_states(gate):
     """Forward and backward at T = 4096 need less than 45 MB beside inputs and gradients."""
     heads, length, dim = 4, 4096, 64
@@ -300,48 +325,6 @@ def test_memory_of_a_long_row_is_its_chunk_states(gate):
         arguments["bonus"] = jax.ShapeDtypeStruct((heads, dim), np.float32)
     compiled = evaluate.lower(arguments, (token, state)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 45e6
-
-
-def test_a_shard_of_heads_on_each_device_gives_the_same():
-    arguments = draw(40, "scalar")
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    tokens, state = P("data", None, "tensor"), P("data", "tensor")
-    specs = {n: state if n == "initial_state" else tokens for n in arguments}
-
-    def run(arguments):
-        return gated_linear(**arguments)
-
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=(tokens, state))
-
-    @jax.jit
-    def evaluate_sharded(arguments, cotangents):
-        outputs, pullback = jax.vjp(sharded, arguments)
-        return *outputs, pullback(cotangents)[0]
-
-    cotangents = tuple(c.astype(np.float32) for c in slopes(arguments))
-    assert_same(evaluate_sharded(arguments, cotangents), evaluate(arguments, cotangents))
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_tpu_kernels_on_a_mesh_split_rows_and_heads(groups):
-    """One group is not split: its gradient is the sum of what the heads of all devices give."""
-    arguments = draw(20, "scalar, bonus")
-    for name in "qk":
-        arguments[name] = arguments[name][:, :, :groups]
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    @jax.jit
-    def evaluate_sharded(arguments, cotangents):
-        outputs, pullback = jax.vjp(lambda a: gated_linear(**a, impl="pallas_tpu"), arguments)
-        return *outputs, pullback(cotangents)[0]
-
-    cotangents = tuple(c.astype(np.float32) for c in slopes(arguments))
-    with jax.set_mesh(mesh), setting.interpreting():
-        with setting.layout(batch=("data",), heads=("tensor",)):
-            text = str(jax.make_jaxpr(evaluate_sharded)(arguments, cotangents))
-            found = evaluate_sharded(arguments, cotangents)
-    assert f"f32[1,20,{HEADS // 2},{VALUE}]" in text  # v's rows and heads on one device
-    assert_same(found, evaluate(arguments, cotangents))
 
 
 def reshaped(**shapes):

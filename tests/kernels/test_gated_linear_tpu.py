@@ -7,6 +7,7 @@ import pytest
 
 from kernels import setting
 from kernels.gated_linear import gated_linear, pallas_tpu
+from tests.kernels.crossed import crossed
 from tests.kernels.launches import costs
 from tests.kernels.test_gated_linear import assert_same, evaluate, evaluate_exactly, slopes
 
@@ -29,13 +30,29 @@ def draw_wide(gate, dtype, *, length, groups, heads, key, value):
     return {n: x.astype("float32" if n in wide else jnp.dtype(dtype)) for n, x in arrays.items()}
 
 
-@pytest.mark.parametrize("gate", ["scalar, bonus", "vector"])
+SIZES = {
+    "parts share q and k": (1, 8, 128, 64),
+    "a head a program": (2, 4, 128, 256),
+    "some groups a program": (8, 8, 32, 32),
+    "odd widths": (12, 12, 12, 12),
+}
+
+
 @pytest.mark.parametrize(
-    ("groups", "heads", "key", "value"),
-    [(1, 8, 128, 64), (2, 4, 128, 256), (8, 8, 32, 32), (12, 12, 12, 12)],
-    ids=["parts share q and k", "a head a program", "some groups a program", "odd widths"],
+    ("gate", "size"),
+    crossed(
+        ["scalar, bonus", "vector"],
+        list(SIZES),
+        gate=[
+            ("scalar, bonus", "parts share q and k"),
+            ("vector", "a head a program"),
+            ("vector", "some groups a program"),
+            ("scalar, bonus", "odd widths"),
+        ],
+    ),
 )
-def test_tpu_programs_of_some_heads_give_the_same(gate, groups, heads, key, value):
+def test_tpu_programs_of_some_heads_give_the_same(gate, size):
+    groups, heads, key, value = SIZES[size]
     arguments = draw_wide(
         gate, "float32", length=20, groups=groups, heads=heads, key=key, value=value
     )

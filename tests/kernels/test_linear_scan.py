@@ -1,5 +1,7 @@
 """What is particular to the real diagonal recurrence; tests/test_kernels.py proves the rest."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 from kernels import setting
 from kernels.linear_scan import linear_scan, pallas_tpu
 from tests.kernels import packed
+from tests.kernels.crossed import crossed
 from tests.kernels.launches import costs
 from tests.tolerance import assert_close
 
 compiled = jax.jit(linear_scan, static_argnames="impl")
-each_impl = pytest.mark.parametrize("impl", ("ref", "xla", "pallas_tpu"))
+IMPLS = ("ref", "xla", "pallas_tpu")
+each_impl = pytest.mark.parametrize("impl", IMPLS)
 pytestmark = pytest.mark.usefixtures("interpreter")
 SEGMENTS = packed.SEGMENTS[:3]
 
@@ -52,8 +56,14 @@ def test_equals_a_loop_over_tokens(impl):
     np.testing.assert_array_equal(final[2], state[2])
 
 
-@each_impl
-@pytest.mark.parametrize("cut", [1, 16, 36])
+@pytest.mark.parametrize(
+    ("impl", "cut"),
+    crossed(
+        IMPLS,
+        [1, 16, 36],
+        gate=[("ref", 1), ("xla", 16), ("xla", 36), ("pallas_tpu", 1), ("pallas_tpu", 16)],
+    ),
+)
 def test_two_parts_equal_the_whole_forward_and_backward(impl, cut):
     x, log_decay, state = draw((2, 37, 5))
     slope, final_slope, _ = draw((2, 37, 5), seed=1)
@@ -94,10 +104,10 @@ def test_token_by_token_equals_the_whole(impl):
 
 @each_impl
 def test_packed_documents_equal_separate_ones_forward_and_backward(impl):
-    lengths = (5, 1, 20, 12)
+    lengths = (12, 1, 12, 12, 1)
     edges = np.cumsum((0, *lengths))
     x, log_decay, _ = draw((1, int(edges[-1]), 5))
-    segments = jnp.asarray(np.repeat(np.arange(1, 5), lengths)[None], jnp.int32)
+    segments = jnp.asarray(np.repeat(np.arange(1, 6), lengths)[None], jnp.int32)
 
     def total(x, log_decay, pieces):
         """A loss that sees every token and the last state of the row."""
@@ -141,7 +151,7 @@ def test_a_decay_of_minus_infinity_forgets_and_has_slope_zero(impl, length):
     h, final = compiled(x, never, initial_state=state, impl=impl)
     np.testing.assert_array_equal(h, x)
     np.testing.assert_array_equal(final, x[:, -1])
-    _, dlog_decay, dstate = jax.grad(total, argnums=(0, 1, 2))(x, never, state)
+    _, dlog_decay, dstate = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(x, never, state)
     np.testing.assert_array_equal(dlog_decay, 0)
     np.testing.assert_array_equal(dstate, 0)
 
@@ -167,11 +177,12 @@ def test_nan_at_padding_reaches_nothing(impl):
 @pytest.mark.parametrize("length", [1, 5])
 def test_dtypes(impl, length):
     x, log_decay, _ = draw((2, length, 5))
-    h, final = compiled(x.astype(jnp.bfloat16), log_decay, impl=impl)
+    function = functools.partial(linear_scan, impl=impl)
+    h, final = jax.eval_shape(function, x.astype(jnp.bfloat16), log_decay)
     assert h.dtype == jnp.bfloat16 and final.dtype == jnp.float32
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(value, np.float64)) for value in (x, log_decay)]
-        h, final = compiled(*wide, impl=impl)
+        h, final = jax.eval_shape(function, *wide)
         assert h.dtype == jnp.float64 and final.dtype == jnp.float64
 
 
@@ -189,8 +200,8 @@ def test_works_inside_shard_map():
 
     rows = P("data")
     over = lambda f: jax.shard_map(f, mesh=mesh, in_specs=(rows, rows, P()), out_specs=(rows,) * 4)
-    gradient = jax.grad(total, argnums=(0, 1, 2))
-    found = jax.jit(lambda *a: gradient(*a, over))(x, log_decay, state[0])
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)), static_argnums=3)
+    found = gradient(x, log_decay, state[0], over)
     want = gradient(x, log_decay, state[0], lambda f: f)
     for name, mine, expected in zip(("dx", "dg", "dstate"), found, want, strict=True):
         assert_close(mine, expected, "float32", name)
