@@ -115,6 +115,9 @@ class Experiment:
     guards: Guards = dataclasses.field(default_factory=Guards)
 
 
+FROZEN = "_frozen"  # an attribute of classes that are
+
+
 @functools.cache
 def _frozen(cls: type) -> type:
     def refuse(self, name, value):
@@ -123,19 +126,20 @@ def _frozen(cls: type) -> type:
     def plain(_, *args, **kwargs):  # dataclasses.replace of a frozen config gives a mutable one
         return cls(*args, **kwargs)
 
-    body = {"__setattr__": refuse, "__new__": plain, "__module__": cls.__module__}
+    body = {"__setattr__": refuse, "__new__": plain, "__module__": cls.__module__, FROZEN: True}
     return type(cls.__name__, (cls,), body)
 
 
 def freeze(tree: Any) -> Any:
-    """Make every dataclass of `tree` constant, in place, and return it."""
+    """Make every dataclass of `tree` constant, in place, and return it; again changes nothing."""
     if isinstance(tree, (tuple, list)):
         for node in tree:
             freeze(node)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             freeze(getattr(tree, field.name))
-        object.__setattr__(tree, "__class__", _frozen(type(tree)))
+        if not hasattr(type(tree), FROZEN):
+            object.__setattr__(tree, "__class__", _frozen(type(tree)))
     return tree
 
 

@@ -2,6 +2,7 @@
 `Block`.
 """
 
+import copy
 import importlib
 import pkgutil
 from types import ModuleType
@@ -23,7 +24,7 @@ def architectures() -> dict[str, ModuleType]:
 
 
 def variants() -> dict[str, Any]:
-    """Config of every variant by its short name, such as "gla" or "window".
+    """A Config of every variant, the caller's own, by its short name, such as "gla" or "window".
 
     They are the `CASES` of the modules and, for blocks, which hold other architectures, of their
     family. ValueError where two have one name.
@@ -38,7 +39,7 @@ def variants() -> dict[str, Any]:
         ).items():
             if case in found:
                 raise ValueError(f"{name} names a variant {case!r}, as does another architecture.")
-            found[case] = config
+            found[case] = copy.deepcopy(config)  # else who freezes it does so for all
     return found
 
 

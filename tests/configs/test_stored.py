@@ -1,5 +1,6 @@
 """A config that was written as JSON comes back as it was, from our own modules alone."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from configs import schema
 from models import catalogue, lm
 from models.attention import softmax
+from models.linear_attention import gla
 from tests.configs import shipped
 from training.optimizers import muon
 
@@ -28,6 +30,16 @@ def test_every_variant_comes_back():
     for name, config in catalogue.variants().items():
         assert there_and_back(config) == config, name
         assert type(there_and_back(config)) is type(config), name
+
+
+def test_who_freezes_a_variant_freezes_their_own():
+    config = schema.freeze(schema.freeze(catalogue.variants()["gla"]))
+    other = catalogue.variants()["gla"]
+    assert type(other) is gla.Config is type(config).__mro__[1]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.heads = 3
+    other.heads = 3
+    assert catalogue.variants()["gla"].heads != 3
 
 
 def stored(**values):
