@@ -15,17 +15,19 @@ SELDOM = {"without_segments", "packing_bfloat16", "token_by_token_bfloat16"}
 def _cells():
     """Every check of every variant; long ones: the slow checks, and variants of one file but one.
 
-    The checks of a variant stay in one worker process: they share compiled programs.
+    The checks of a variant stay in one worker process: they share compiled programs. A mesh is for
+    one file of each family: that kernels split is proven beside them (tests/test_kernels.py).
     """
-    files = set()
+    seen = set()
     for name, config in catalogue.cases().items():
-        file = name.partition(":")[0]
+        file, family = name.partition(":")[0], name.partition(".")[0]
         for title, check in CHECKS.items():
             marks = [pytest.mark.xdist_group(name)]
-            if file in files or title in SELDOM:
+            split = title == "sharded" and family in seen
+            if file in seen or split or title in SELDOM:
                 marks.append(pytest.mark.long)
             yield pytest.param(config, check, id=f"{name}-{title}", marks=marks)
-        files.add(file)
+        seen |= {file, family}
 
 
 HEAD = """# Conformance

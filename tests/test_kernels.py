@@ -57,6 +57,16 @@ def together(cases: list[tuple[str, str]]) -> list:
 
 
 each_case = pytest.mark.parametrize(("operation", "impl"), together(CASES))
+# What the kernels of an operation share is asked of one form, in `long` of all.
+one_form = pytest.mark.parametrize(
+    ("operation", "impl"),
+    [
+        pytest.param(
+            *case.values, marks=[*case.marks, *[pytest.mark.long] * (case.values[1] != "xla")]
+        )
+        for case in together(CASES)
+    ],
+)
 
 
 def is_long(impl: str, length: int, dtype: str) -> bool:
@@ -125,7 +135,7 @@ def test_matches_reference_on_long_rows(operation, impl, length, dtype):
     assert_matches_reference(operation, impl, arguments, dtype)
 
 
-@each_case
+@one_form
 def test_float64_in_gives_float64_accuracy(operation, impl):
     """Tells a rounding error from a wrong formula."""
     for extreme in (False, True):
@@ -162,7 +172,7 @@ def test_padding_may_hold_anything(operation, impl):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@each_case
+@one_form
 def test_eager_equals_jit(operation, impl):
     arguments = draw(operation, 130, "float32")
     if takes_segments(operation):
