@@ -81,7 +81,6 @@ def all_of(config) -> None:
         missing = [name for name in missing if "positions that have scores" not in rows[name].note]
         assert not missing, (resource, missing)
     assert len(column.profile) == 3 and all(hot.seconds > 0 for hot in column.profile)
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
