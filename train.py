@@ -71,12 +71,16 @@ def start(options: dict) -> None:
 
 def conclude(result) -> None:
     """Print the score, a sample, what the run took, and where its files are."""
+    from training import metrics
+
     experiment = result.plan.experiment
     if not result.finished:
         print(f"stopped and saved at step {result.step}; the same --workdir goes on from there.")
         return
-    print(f"\nvalidation bits per byte: {result.validation_bits_per_byte:.4f}")
-    writes = experiment.evaluation.sample_tokens and experiment.model.objective == "next"
+    metric = metrics.of(experiment.data)
+    print(f"\nvalidation {metric.title}: {result.score:.4f}")
+    speaks = metric.count is None and experiment.model.objective == "next"
+    writes = experiment.evaluation.sample_tokens and speaks
     text, rate = sample(result) if writes else ("", None)
     if text:
         print(f"sample at temperature {experiment.evaluation.temperature}:\n{text}\n")

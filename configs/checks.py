@@ -92,6 +92,7 @@ def check(experiment: Experiment) -> None:
     if isinstance(experiment.data.source, str):
         _check_form("data.source", experiment.data.source, sources.forms())
     _check_form("data.tokenizer", experiment.data.tokenizer, TOKENIZERS)
+    _check_task(experiment)
     _check_mesh(experiment)
     _check_schedule(experiment)
     rows, parts = experiment.data.batch, experiment.optimizer.accumulation
@@ -134,6 +135,21 @@ def _check_form(key: str, value: str, forms: tuple[str, ...]) -> None:
         near = named[overrides.nearest(start, named, 0)]
         allowed = ", ".join(forms)
         raise ValueError(f"{key}={value!r} must be one of {allowed} (did you mean {near!r}?).")
+
+
+def _check_task(experiment: Experiment) -> None:
+    """What reads text, or guesses it, does not go with rows and answers that a task makes."""
+    if not hasattr(experiment.data.source, "rows"):
+        return
+    plain = {"data.tokenizer": "bytes", "data.layout": "windows"}
+    plain |= {"model.objective": "next", "model.predict": 1}
+    for key, value in plain.items():
+        given = overrides.find(experiment, key)[2]
+        if given != value:
+            raise ValueError(
+                f"{key}={given!r} does not go with the task {experiment.data.source}, which makes "
+                f"its own rows and answers. Use {value!r}."
+            )
 
 
 def _check_mesh(experiment: Experiment) -> None:

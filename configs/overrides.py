@@ -125,7 +125,8 @@ def choose(
 
     A field whose metadata names a "folder" of Config files takes the name of any file there:
     `optimizer.rule=lion`. What has that class already keeps its settings. One whose metadata says
-    "word" takes a word in place of a section, `data.source=text:FOLDER`; `configs.checks` reads it.
+    "word" takes a word in place of a section, `data.source=text:FOLDER`, which `configs.checks`
+    reads; the name of a file of the folder that it names, `data.source=mqar`, is its Config.
     """
     tree, rest = _apart(tree), []
     for key, text in pairs:
@@ -135,8 +136,11 @@ def choose(
             rest.append((key, text))
             continue
         parent, part, value = find(tree, key)
+        word, tasks = _needed(key, text), metadata.get("word", "")
+        if not folder and word in [file.stem for file in files_of(tasks)]:
+            folder = tasks
         if not folder:
-            object.__setattr__(parent, part, _needed(key, text))
+            object.__setattr__(parent, part, word)
             continue
         module = f"{folder}.{_file(key, folder, text)}"
         if type(value).__module__ != module:

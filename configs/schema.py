@@ -25,8 +25,8 @@ ROOMS = ("configs\\.schema", "models", "data", "training\\.optimizers")  # where
 class Data:
     """Where tokens come from and how documents are laid into rows."""
 
-    # stdlib | packages | tfds:NAME | text:FOLDER; in a file also a Config of data/sources.
-    source: Any = dataclasses.field(default="stdlib", metadata={"word": True})
+    # stdlib | packages | tfds:NAME | text:FOLDER, or a task such as mqar; in a file also a Config.
+    source: Any = dataclasses.field(default="stdlib", metadata={"word": "data.tasks"})
     tokenizer: str = "bytes"  # bytes | bpe:FILE (a tokenizers JSON file)
     layout: Literal["windows", "packed", "stream"] = "windows"  # see docs/data.md
     length: int = 512  # tokens in a row

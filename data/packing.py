@@ -6,11 +6,14 @@ predictions of a stream appears exactly once in an epoch of any layout.
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from data import splitmix
 
 LAYOUTS = ("windows", "packed", "stream")
 # Numbers in the stream layout stay below this, and so in int32, for any number of epochs.
@@ -204,3 +207,26 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """concatenate([arange(s, s + n) for s, n in zip(starts, counts)]), without the loop."""
     ends = np.cumsum(counts)
     return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def shuffled(layout: Layout, seed: int) -> Layout:
+    """The layout with the rows of each epoch in an order of their own."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return permutation(layout.rows, seed, epoch)
+
+    def take(rows: np.ndarray, epochs: np.ndarray) -> Batch:
+        moved = rows.copy()
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            moved[here] = order(epoch)[rows[here]]
+        return layout.take(moved, epochs)
+
+    return Layout(layout.rows, take)
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """0..size-1 in the order of SplitMix64(key(seed, epoch) + i), int64."""
+    draws = splitmix.mixed(splitmix.key(f"{seed}/{epoch}") + splitmix.steps(size))
+    return np.argsort(draws, kind="stable")

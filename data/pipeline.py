@@ -7,7 +7,6 @@ import argparse
 import copy
 import dataclasses
 import difflib
-import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +14,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from configs.schema import Data
-from data import corpora, packing, sources, splitmix, token_cache
+from data import corpora, generated, packing, sources, token_cache
 from data.split import Split
-from data.tokenizers import open_tokenizer
+from data.tokenizers import Tokenizer, open_tokenizer
 
 
 def open_split(config: Data, split: str, host: int = 0, hosts: int = 1) -> Split:
     """Open one split of `config.source`; every wrong value is a ValueError of one line."""
     _check(config, split, host, hosts)
     source = sources.find(config.source)
+    if hasattr(source, "rows"):
+        return generated.opened(source, config, split, host, hosts)
     if hasattr(source, "open"):
         return source.open(config, split, host, hosts)
     tokenizer = open_tokenizer(config.tokenizer)
@@ -39,7 +40,7 @@ def open_split(config: Data, split: str, host: int = 0, hosts: int = 1) -> Split
     )
     take = layout.take
     if split == "train" and config.layout != "stream":
-        take = _shuffled(layout, config.seed)
+        take = packing.shuffled(layout, config.seed).take
     return Split(
         name=split,
         config=copy.copy(config),
@@ -53,6 +54,14 @@ def open_split(config: Data, split: str, host: int = 0, hosts: int = 1) -> Split
         rows=layout.rows,
         take=take,
     )
+
+
+def tokenizer_of(config: Data) -> Tokenizer:
+    """What the ids of `config` stand for: a task's symbols, or the pieces of `config.tokenizer`."""
+    source = sources.find(config.source)
+    if hasattr(source, "symbols"):
+        return generated.tokenizer(source.symbols(), str(source))
+    return open_tokenizer(config.tokenizer)
 
 
 def _check(config: Data, split: str, host: int, hosts: int) -> None:
@@ -73,29 +82,6 @@ def _check(config: Data, split: str, host: int, hosts: int) -> None:
         raise ValueError(
             f"batch {config.batch} must be a multiple of the {hosts} hosts; nearest: {nearest}"
         )
-
-
-def _shuffled(layout: packing.Layout, seed: int) -> Callable[..., packing.Batch]:
-    """`layout.take` with the rows of each epoch in an order of their own."""
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return permutation(layout.rows, seed, epoch)
-
-    def take(rows: np.ndarray, epochs: np.ndarray) -> packing.Batch:
-        shuffled = rows.copy()
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            shuffled[here] = order(epoch)[rows[here]]
-        return layout.take(shuffled, epochs)
-
-    return take
-
-
-def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """0..size-1 in the order of SplitMix64(key(seed, epoch) + i), int64."""
-    draws = splitmix.mixed(splitmix.key(f"{seed}/{epoch}") + splitmix.steps(size))
-    return np.argsort(draws, kind="stable")
 
 
 def _seconds(call: Callable[[int], object], count: int) -> float:

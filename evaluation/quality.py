@@ -15,7 +15,7 @@ from evaluation.subject import Subject
 from parallel import sharding
 from resources import fidelity
 from resources.row import Row, not_available
-from training import checkpoint, layout, log, loop, runs
+from training import checkpoint, layout, log, loop, metrics, runs
 from training.step import fitted, put_batch
 
 LONGER = (2, 4)  # times the trained length
@@ -83,24 +83,34 @@ def steps_to(found: Trained | str, bits: float) -> int | str | None:
 
 
 def validation(subject: Subject, found: Trained | str) -> list[Row]:
-    """Bits per byte on validation data: as trained, on longer rows, with noise in the inputs."""
+    """The data's metric on validation: as trained, on longer rows, with noise in the inputs."""
     longer = [f"validation, rows {times} x as long" for times in LONGER]
     noisy = f"validation, {NOISE:.0%} of tokens replaced"
+    unit = _unit(subject)
     if isinstance(found, str):
-        return [not_available(name, UNIT, found) for name in ("validation", *longer, noisy)]
+        return [not_available(name, unit, found) for name in ("validation", *longer, noisy)]
     plan = found.plan
     batches = min(subject.experiment.evaluation.batches, len(plan.validation))
     with sharding.on(plan.mesh):
-        bits = loop.evaluate(plan, found.params, batches)
+        score = loop.evaluate(plan, found.params, batches)
         with_noise = loop.evaluate(_corrupted(plan), found.params, batches)
     note = f"step {found.step}, {batches} of {len(plan.validation)} batches"
     note += f"; {found.remark}" if found.remark else ""
-    found_rows = [Row("validation", bits, UNIT, "measured", note)]
-    found_rows += [_longer(subject, found, times, bits) for times in LONGER]
-    return [*found_rows, Row(noisy, with_noise, UNIT, "measured", f"x {with_noise / bits:.3f}")]
+    found_rows = [Row("validation", score, unit, "measured", note)]
+    found_rows += [_longer(subject, found, times, score) for times in LONGER]
+    return [*found_rows, Row(noisy, with_noise, unit, "measured", _times(with_noise, score))]
 
 
-def _longer(subject: Subject, found: Trained, times: int, bits: float) -> Row:
+def _unit(subject: Subject) -> str:
+    """Of the score: shares of right answers have none."""
+    return "" if metrics.of(subject.experiment.data).count else UNIT
+
+
+def _times(one: float, other: float) -> str:
+    return f"x {one / other:.3f}" if other else ""
+
+
+def _longer(subject: Subject, found: Trained, times: int, score: float) -> Row:
     """Rows `times` as long, as many tokens a batch as trained where the batch allows."""
     data = subject.experiment.data
     name = f"validation, rows {times} x as long"
@@ -108,14 +118,14 @@ def _longer(subject: Subject, found: Trained, times: int, bits: float) -> Row:
     try:
         plan = loop.make_plan(subject.at(length=data.length * times, batch=batch).experiment)
     except ValueError as error:
-        return not_available(name, UNIT, str(error))
+        return not_available(name, _unit(subject), str(error))
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (found.params, _of(plan))]
     if shapes[0] != shapes[1]:
-        return not_available(name, UNIT, "its weights are as long as the rows")
+        return not_available(name, _unit(subject), "its weights are as long as the rows")
     batches = min(subject.experiment.evaluation.batches, len(plan.validation))
     with sharding.on(plan.mesh):
-        found_bits = loop.evaluate(plan, found.params, batches)
-    return Row(name, found_bits, UNIT, "measured", f"x {found_bits / bits:.3f}")
+        longer = loop.evaluate(plan, found.params, batches)
+    return Row(name, longer, _unit(subject), "measured", _times(longer, score))
 
 
 def _of(plan: loop.Plan) -> Any:

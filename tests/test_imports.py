@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WHOLE = ("models.lm", "models.stacks", "models.weights")  # models, whatever is in them
 ROOMS = {  # a room: which of our modules it may import beside its own
-    "configs": ("models", "training.optimizers", "data.sources"),
+    "configs": ("models", "training.optimizers", "data.sources", "data.tasks"),
     "models": ("kernels", "parallel.sharding", "parallel.context", "programs.flops"),
     "programs": (),
     "kernels": ("programs",),

@@ -107,6 +107,17 @@ def test_the_source_of_tokens_in_the_docs_works(tmp_path):
     assert split.documents > 100 and split.batch(0)["inputs"].shape == (4, 16)
 
 
+def test_the_task_in_the_docs_works(tmp_path):
+    (tmp_path / "first.py").write_text(printed("extend", '"""Recall the first'))
+    found = importlib.util.spec_from_file_location("first", tmp_path / "first.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    split = pipeline.open_split(Data(source=module.Config(), length=16, batch=4), "train")
+    batch = split.batch(0)
+    np.testing.assert_array_equal(batch["targets"][:, -1], batch["inputs"][:, 0])
+    assert split.vocabulary == 8 and split.metric == "accuracy" and batch["weights"].sum() == 4
+
+
 def test_a_new_file_trains_in_a_language_model(add):
     config = add("toy_lm", segments="segments", h="h")
     model = lm.Config(width=32, depth=2, pattern=(config,), dtype="float32").build(nnx.Rngs(0))

@@ -78,7 +78,7 @@ def test_it_learns(name, tmp_path, record_property):
         evaluation=Evaluation(every_steps=0, batches=8),
     )
     result = loop.train(experiment, str(tmp_path), None)
-    bits = result.validation_bits_per_byte
+    bits = result.score
     bound = bound_of(name, model.objective)
     assert result.finished and math.isfinite(bits) and bits < bound, (bits, bound)
     numbers = f"{_size(model) / 1e6:.2f}", str(model.depth), f"{bits:.2f}"

@@ -271,7 +271,7 @@ class _Terminal:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         train = "loss" in values
-        hidden = () if self._wide or not train else ("bits_per_byte",)
+        hidden = () if self._wide or not train else ("bits_per_byte", "bits_per_answer")
         text = f"step {step}/{self._total}  {_words(values, hidden)}"
         if train:
             text += f"  eta {self._eta(step)}"
@@ -306,7 +306,11 @@ def _words(values: dict[str, float], hidden: tuple[str, ...]) -> str:
     known = {
         "loss": "loss {:.4f}",
         "bits_per_byte": "{:.4f} bits/byte",
+        "bits_per_answer": "{:.4f} bits/answer",
         "validation_bits_per_byte": "validation {:.4f} bits/byte",
+        "validation_accuracy": "validation accuracy {:.4f}",
+        "validation_token_accuracy": "validation accuracy of tokens {:.4f}",
+        "validation_exact": "validation {:.4f} of rows all right",
         "grad_norm": "grad {:.3g}",
         "learning_rate": "lr {:.2e}",
         "tokens_per_s": "{:,.0f} tok/s",

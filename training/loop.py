@@ -14,13 +14,12 @@ from flax import nnx
 
 from configs import schema
 from data import masking
-from data.pipeline import Split, open_split
-from data.tokenizers import open_tokenizer
+from data.pipeline import Split, open_split, tokenizer_of
 from models import lm, weights
 from parallel import sharding
 from parallel.host import from_first
 from parallel.mesh import make_mesh
-from training import guards, layout, plot, runs, tracing
+from training import guards, layout, metrics, plot, runs, tracing
 from training.checkpoint import Checkpoints
 from training.log import Log
 from training.step import State, Trainer, fitted, make_trainer, put_batch
@@ -45,7 +44,7 @@ class Result:
     plan: Plan
     model: lm.LM
     step: int
-    validation_bits_per_byte: float
+    score: float  # on validation, by the metric of the data
     tokens_per_second: float  # of training steps after compilation, this run only
     program: Any  # the compiled training step
     wall_time: str  # where it went, in one line
@@ -66,15 +65,16 @@ def make_plan(experiment: schema.Experiment) -> Plan:
 
 
 def _trainer(experiment: schema.Experiment, mesh: jax.sharding.Mesh) -> Trainer:
-    tokenizer = open_tokenizer(experiment.data.tokenizer)
+    tokenizer = tokenizer_of(experiment.data)
     lengths = np.zeros(experiment.model.vocabulary, np.float32)
-    lengths[: tokenizer.vocabulary] = tokenizer.byte_lengths
+    answers = metrics.of(experiment.data).count is not None  # of a task: a symbol counts as one
+    lengths[: tokenizer.vocabulary] = 1 if answers else tokenizer.byte_lengths
     return make_trainer(experiment, mesh, lengths)
 
 
 def settled(experiment: schema.Experiment) -> schema.Experiment:
     """The experiment with the size of its vocabulary; ValueError if the tokenizer has more ids."""
-    model, words = experiment.model, open_tokenizer(experiment.data.tokenizer).vocabulary
+    model, words = experiment.model, tokenizer_of(experiment.data).vocabulary
     if model.vocabulary == 0:
         model = dataclasses.replace(model, vocabulary=words)
         return dataclasses.replace(experiment, model=model)
@@ -196,7 +196,8 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
                 with log.phase("evaluation"):
                     count = experiment.evaluation.batches
                     score = evaluate(plan, trainer.weights(state), count, watchdog.beat)
-                log.record(step, {"validation_bits_per_byte": score} | meter.position(step))
+                name = f"validation_{plan.validation.metric}"
+                log.record(step, {name: score} | meter.position(step))
             if save:
                 with log.phase("save"):
                     meta = _meta(plan, score if judge else math.nan) | meter.position(step)
@@ -226,6 +227,7 @@ class _Meter:
         self.log, self.every = log, experiment.log_every
         self.bad = guards.BadSteps(experiment.guards.max_bad_steps)
         self.last = experiment.steps
+        self.of = "bits_per_answer" if metrics.of(experiment.data).count else "bits_per_byte"
         self.tokens_per_step = experiment.data.batch * experiment.data.length
         self.pending: tuple[int, dict] | None = None
         self.steps, self.seconds = -1, 0.0  # the first step of a process is left out
@@ -258,7 +260,7 @@ class _Meter:
         weight, size = metrics.pop("tokens"), metrics.pop("bytes")
         if step % self.every == 0 or step in (1, self.last):
             bits = metrics["loss"] * weight / max(size, 1.0) / math.log(2)
-            more = {"bits_per_byte": bits, "tokens_per_s": self.rate(), "targets": weight}
+            more = {self.of: bits, "tokens_per_s": self.rate(), "targets": weight}
             self.log.record(step, metrics | more | self.position(step))
 
 
@@ -296,19 +298,20 @@ def stored_in(plan: Plan, model: lm.Config) -> State:
 
 def _meta(plan: Plan, score: float) -> dict:
     described = runs.describe(plan.experiment, plan.train.tokenizer, plan.train.fingerprint)
-    return {"metric": score, **described}
+    falls = -score if metrics.of(plan.experiment.data).higher else score  # the best is the lowest
+    return {"metric": falls, **described}
 
 
 def evaluate(plan: Plan, params, batches: int, beat: Callable[[], None] = lambda: None) -> float:
-    """Bits per byte over the first `batches` validation batches (0: all); `beat` after each."""
-    nats = size = 0.0
+    """The score of the first `batches` validation batches (0: all); `beat` after each."""
+    total = size = 0.0
     count = min(batches or len(plan.validation), len(plan.validation))
     for index in range(count):
         batch = put_batch(plan.trainer.batch, plan.validation.batch(index))
-        total, read = plan.trainer.evaluate(params, batch)
-        nats, size = nats + float(total), size + float(read)
+        found, read = plan.trainer.evaluate(params, batch)
+        total, size = total + float(found), size + float(read)
         beat()
-    return nats / max(size, 1.0) / math.log(2)
+    return total / max(size, 1.0) * metrics.of(plan.experiment.data).scale
 
 
 def _finish(plan, log, checkpoints, state, score, program, rate) -> Result:

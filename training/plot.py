@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,11 +13,12 @@ INK, ACCENT, WARM = "#22252b", "#2563a8", "#c8512b"
 # Of several runs (Okabe and Ito 2008: apart for every kind of colour blindness).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SMOOTHING = 0.02  # width of the smoothing kernel, as a share of the x axis ...
+LOSSES = {"bits_per_byte": "bits per byte", "bits_per_answer": "bits per answer"}  # as recorded
 EARLY = 0.1  # ... but at most this share of the place itself: the first steps fall steeply
 
 
 def loss_curve(folders: Sequence[str | Path], png_path: str | Path) -> Path:
-    """Bits per byte over training tokens as PNG and, beside it, SVG; returns the PNG's path.
+    """The loss in bits over training tokens as PNG and, beside it, SVG; returns the PNG's path.
 
     `folders` are those of runs. Of a single one, training loss is drawn raw and smoothed (a
     Gaussian, 2 % of the axis wide, less at its start), validation as points, and the title says
@@ -32,22 +33,22 @@ def loss_curve(folders: Sequence[str | Path], png_path: str | Path) -> Path:
 
     runs = [Path(folder) for folder in folders]
     found = [_series(run) for run in runs]
-    units = {unit for *_, unit in found}
+    units, losses = {one.unit for one in found}, {one.loss for one in found}
     if len(units) > 1:
         raise ValueError("some of these runs count tokens and others only steps: draw them apart.")
+    if len(losses) > 1:
+        raise ValueError("some of these runs learn a text and others a task: draw them apart.")
     with pyplot.rc_context():
         pyplot.rcParams.update({"font.size": 9, "text.color": INK, "svg.hashsalt": "loss"})
         pyplot.rcParams.update({"axes.edgecolor": INK, "axes.labelcolor": INK})
         figure, axes = pyplot.subplots(figsize=(5.6, 3.5), layout="constrained")
         one = len(runs) == 1
-        for i, (run, (train, validation, _)) in enumerate(zip(runs, found, strict=True)):
-            if one:
-                _draw(axes, train, validation, "", (ACCENT, WARM))
-            else:
-                _draw(axes, train, validation, run.resolve().name, (COLOURS[i % len(COLOURS)],) * 2)
+        for i, (run, series) in enumerate(zip(runs, found, strict=True)):
+            name, colours = run.resolve().name, (COLOURS[i % len(COLOURS)],) * 2
+            _draw(axes, series, "" if one else name, (ACCENT, WARM) if one else colours)
         _frame(axes, found)
         axes.set_xlabel(f"training {units.pop()}")
-        axes.set_ylabel("bits per byte")
+        axes.set_ylabel(LOSSES[losses.pop()])
         title = f"{runs[0].resolve().name}: {model(runs[0])}" if one else "loss of several runs"
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", wrap=True)
         figure.supxlabel(_footer(runs), fontsize=6.5, color="#777777", ha="center")
@@ -77,9 +78,18 @@ def _architectures(tree: Any) -> list[str]:
     return [name for one in tree for name in _architectures(one)] if isinstance(tree, list) else []
 
 
-def _draw(axes, train: np.ndarray, validation: np.ndarray, run: str, colours) -> None:
+class Series(NamedTuple):
+    """Of a run: (n, 2) arrays of position and loss, their units."""
+
+    train: np.ndarray
+    validation: np.ndarray  # empty where another thing is judged than the loss
+    unit: str  # of positions
+    loss: str  # the name that records have
+
+
+def _draw(axes, series: Series, run: str, colours) -> None:
     """One run: its training loss, its validation; `run` "" where it is the only one."""
-    x, y = train.T
+    validation, (x, y) = series.validation, series.train.T
     smooth = _smooth(x, y)
     last = validation[-1, 1] if run and len(validation) else smooth[-1]
     label = f"{run or 'train'}, last {last:.3f}"
@@ -97,7 +107,7 @@ def _frame(axes, found: list) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lows, tops = [], []
-    for train, validation, _ in found:
+    for train, validation, *_ in found:
         smooth = _smooth(*train.T)
         lows += [smooth.min(), *validation[:, 1], train[:, 1].min()]
         # The first steps fall from log2(vocabulary): cut there so that the rest can be read.
@@ -105,7 +115,7 @@ def _frame(axes, found: list) -> None:
     lowest, top = min(lows), max(tops)
     margin = 0.08 * (top - lowest) + 1e-3
     axes.set_ylim(lowest - margin, top + 2 * margin)
-    ends = [series[:, 0].max() for *both, _ in found for series in both if len(series)]
+    ends = [part[:, 0].max() for one in found for part in one[:2] if len(part)]
     axes.set_xlim(0, max(ends) * 1.02)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -116,16 +126,18 @@ def _frame(axes, found: list) -> None:
     axes.legend(loc="upper right", framealpha=1.0, edgecolor="none", fancybox=False)
 
 
-def _series(run: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """(n, 2) arrays of position and bits per byte for training and validation, and the unit."""
+def _series(run: Path) -> Series:
+    """What the records of a run say."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run} is no folder of a run: it has no metrics.jsonl.")
     records = log.records(path)
-    train = [r for r in records if r.get("bits_per_byte") is not None]
-    validation = [r for r in records if r.get("validation_bits_per_byte") is not None]
-    if not train:
+    known = [name for name in LOSSES if any(r.get(name) is not None for r in records)]
+    if not known:
         raise ValueError(f"{path} holds no record with bits_per_byte: nothing to draw.")
+    loss = known[0]
+    train = [r for r in records if r.get(loss) is not None]
+    validation = [r for r in records if r.get(f"validation_{loss}") is not None]
     unit = "tokens" if all("tokens" in r for r in train) else "step"
     steps = [r["step"] for r in train]
     places = [r["tokens" if unit == "tokens" else "step"] for r in train]
@@ -134,9 +146,9 @@ def _series(run: Path) -> tuple[np.ndarray, np.ndarray, str]:
         # A validation record without tokens lies where its step lies among the training records.
         return record.get(unit, float(np.interp(record["step"], steps, places)))
 
-    first = [(place(r), r["bits_per_byte"]) for r in train]
-    second = [(place(r), r["validation_bits_per_byte"]) for r in validation]
-    return np.reshape(first, (-1, 2)), np.reshape(second, (-1, 2)), unit
+    first = [(place(r), r[loss]) for r in train]
+    second = [(place(r), r[f"validation_{loss}"]) for r in validation]
+    return Series(np.reshape(first, (-1, 2)), np.reshape(second, (-1, 2)), unit, loss)
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -21,7 +21,8 @@ from flax import nnx
 
 from configs import schema
 from configs.schema import Change, Data, Experiment
-from data.tokenizers import Tokenizer, open_tokenizer
+from data.pipeline import tokenizer_of
+from data.tokenizers import Tokenizer
 from models import lm
 from parallel.mesh import make_mesh
 from training import checkpoint, manifest
@@ -62,7 +63,7 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of its tokens; ValueError if the file has changed since."""
         spec = self.experiment.data.tokenizer
-        found = open_tokenizer(spec)
+        found = tokenizer_of(self.experiment.data)
         if self.meta.get("tokenizer", found.fingerprint) != found.fingerprint:
             raise ValueError(
                 f"data.tokenizer={spec} is not the one that {self.folder} was trained with: its "
@@ -168,7 +169,7 @@ def difference(folder: Path, meta: dict, experiment: Experiment, corpus: str = "
         found = [] if meta["model"] == now else [Change("model", meta["model"], now)]
     else:
         found = [c for c in schema.changes(old, experiment) if not within(c.key, HOW)]
-    tokenizer = open_tokenizer(experiment.data.tokenizer).fingerprint
+    tokenizer = tokenizer_of(experiment.data).fingerprint
     words = _contents(found, old["data"], "tokenizer", meta.get("tokenizer"), tokenizer)
     texts = _contents(found, old["data"], "source", meta.get("data"), corpus)
     rest = [c for c in found if c.key not in ("data.tokenizer", "data.source")]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from configs.schema import Data, Experiment, Optimizer
 from models import weights
 from parallel import sharding
+from training import metrics
 from training.update import averaged, make_rule, schedule
 
 
@@ -36,7 +37,7 @@ class Trainer(NamedTuple):
     stored: State  # the same as a checkpoint holds it: without the padding that the mesh needs
     init: Any  # () -> State
     step: Any  # (State, batch) -> (State, metrics); donates the state
-    evaluate: Any  # (params, batch) -> (total nll in nats, total bytes)
+    evaluate: Any  # (params, batch) -> what the metric adds up, and what it is divided by
     weights: Any  # State -> the params that are judged and sampled from
     judged: tuple[str, ...]  # the fields of a state that `weights` reads
     batch: dict[str, Any]  # shape, dtype and sharding of each array of a batch
@@ -90,7 +91,7 @@ def make_trainer(
     rows = {name: leaf.sharding for name, leaf in batch.items()}
     one = NamedSharding(mesh, P())
     update = _update_function(experiment, graph, dims, byte_lengths)
-    evaluate = _evaluate_function(graph, byte_lengths)
+    evaluate = _evaluate_function(graph, byte_lengths, metrics.of(data))
     return Trainer(
         graph,
         abstract,
@@ -283,15 +284,31 @@ def _weights_function(config: Optimizer, where):
     return lambda state: evaluated(state.optimizer, state.params), ("params", "optimizer")
 
 
-def _evaluate_function(graph, byte_lengths):
-    def evaluate(params, batch):
+def _evaluate_function(graph, byte_lengths, metric: metrics.Metric):
+    count = metric.count
+
+    def bits(params, batch):
         model = nnx.merge(graph, params)
         inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
         rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
         total, _ = model.loss(inputs, targets, weights, **rows)
         return total, _bytes(batch, byte_lengths)
 
-    return evaluate
+    if count is None:
+        return bits
+
+    def answers(params, batch):
+        model, due = nnx.merge(graph, params), batch["weights"] > 0
+        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
+
+        def right(at):  # one place of all rows after another: the logits of all are many
+            hidden, targets = at
+            return jnp.argmax(model.logits(hidden), axis=-1) == targets
+
+        each = model.read(batch["inputs"], **rows).swapaxes(0, 1), batch["targets"].T
+        return count(jax.lax.map(right, each).T, due)
+
+    return answers
 
 
 def _bytes(batch, byte_lengths):

@@ -10,21 +10,30 @@ makes its tokens by itself has `open(data, split, host, hosts)` instead, which g
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from typing import Any
 
 from configs.schema import on_disk
+from data import tasks
 
 
 def forms() -> tuple[str, ...]:
-    """How each source is written, as "text:FOLDER"."""
-    return tuple(map(_form, sorted(info.name for info in pkgutil.iter_modules(__path__))))
+    """How each source is written, as "text:FOLDER"; a task by its name."""
+    own, made = (
+        [info.name for info in pkgutil.iter_modules(p)] for p in (__path__, tasks.__path__)
+    )
+    return (*map(_form, sorted(own)), *sorted(made))
 
 
 def _form(name: str) -> str:
-    config = importlib.import_module(f"data.sources.{name}").Config
-    first = next((field.name.upper() for field in dataclasses.fields(config)), "")
+    first = next((field.name.upper() for field in dataclasses.fields(_config(name))), "")
     return f"{name}:{first}" if first else name
+
+
+def _config(name: str) -> Any:
+    made = importlib.util.find_spec(f"data.tasks.{name}") is not None
+    return importlib.import_module(f"data.{'tasks' if made else 'sources'}.{name}").Config
 
 
 def find(source: Any) -> Any:
@@ -39,7 +48,7 @@ def find(source: Any) -> Any:
             f"unknown source {source!r}: it must be one of {', '.join(known.values())}; "
             f"nearest: {near}"
         )
-    config = importlib.import_module(f"data.sources.{name}").Config
+    config = _config(name)
     return config(setting) if setting else config()
 
 

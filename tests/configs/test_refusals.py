@@ -3,6 +3,7 @@
 import pytest
 
 from configs import checks, overrides, schema
+from data import sources
 from tests.configs.shipped import read, refusal
 
 WRONG = [
@@ -30,8 +31,8 @@ WRONG = [
     ("data.layout=xyz", "data.layout='xyz' must be one of windows, packed, stream (did you mean"),
     (
         "data.source=stdlb",
-        "data.source='stdlb' must be one of packages, stdlib, text:FOLDER, tfds:NAME "
-        "(did you mean 'stdlib'?).",
+        f"data.source='stdlb' must be one of {', '.join(sources.forms())} (did you mean "
+        "'stdlib'?).",
     ),
     ("data.source=text", "data.source='text' must be one of"),
     ("data.source=text:", "(did you mean 'text:FOLDER'?)"),

@@ -118,21 +118,21 @@ def test_the_seed_changes_the_order_and_nothing_else(config):
     assert first.fingerprint == second.fingerprint and first.tokens == second.tokens
     # Seeds must not be shifted epochs of each other.
     assert not np.array_equal(
-        pipeline.permutation(50, seed=0, epoch=1), pipeline.permutation(50, seed=1, epoch=0)
+        packing.permutation(50, seed=0, epoch=1), packing.permutation(50, seed=1, epoch=0)
     )
 
 
 def test_permutations_are_permutations_and_never_change():
     for size in (1, 2, 3, 10, 1000):
-        assert sorted(pipeline.permutation(size, 3, 4)) == list(range(size))
-    assert pipeline.permutation(10, seed=0, epoch=0).tolist() == [5, 6, 1, 2, 3, 4, 9, 8, 0, 7]
+        assert sorted(packing.permutation(size, 3, 4)) == list(range(size))
+    assert packing.permutation(10, seed=0, epoch=0).tolist() == [5, 6, 1, 2, 3, 4, 9, 8, 0, 7]
 
 
 def test_every_position_is_equally_likely():
     size, epochs = 8, 4000
     counts = np.zeros((size, size))
     for epoch in range(epochs):
-        counts[np.arange(size), pipeline.permutation(size, 0, epoch)] += 1
+        counts[np.arange(size), packing.permutation(size, 0, epoch)] += 1
     chi_squared = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
     assert chi_squared < 96  # 49 degrees of freedom: p = 0.0001
 

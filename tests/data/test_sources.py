@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_file_is_a_source():
-    files = {path.stem for path in (ROOT / "data" / "sources").glob("[!_]*.py")}
+    files = {
+        p.stem for room in ("sources", "tasks") for p in (ROOT / "data" / room).glob("[!_]*.py")
+    }
     assert {form.partition(":")[0] for form in sources.forms()} == files >= {"stdlib", "text"}
 
 

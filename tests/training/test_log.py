@@ -242,7 +242,7 @@ def test_loss_curve(tmp_path):
     text = picture.with_suffix(".svg").read_text()
     assert "<svg" in text and "<dc:date>" not in text
     assert "first: rg_lru, width 8, depth 3" in text, "titled by run and model"
-    train, validation, unit = plot._series(run)
+    train, validation, unit, _ = plot._series(run)
     assert unit == "tokens" and train[-1, 0] == 64 * 14
     assert validation.tolist() == [[64 * 14, 0.5]], "placed by its step"
 

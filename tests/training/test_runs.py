@@ -76,7 +76,7 @@ def one_device():
 def finished(given, tmp_path_factory):
     """A finished run's folder, never changed by a test, and its score."""
     folder = tmp_path_factory.mktemp("finished") / "x"
-    return folder, loop.train(given(), str(folder), None).validation_bits_per_byte
+    return folder, loop.train(given(), str(folder), None).score
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_fewer_steps_than_the_checkpoint_has(again, finished):
         "as it is."
     ]
     assert (result.finished, result.step) == (True, 4)
-    assert result.validation_bits_per_byte == pytest.approx(finished[1], rel=1e-6)
+    assert result.score == pytest.approx(finished[1], rel=1e-6)
     assert set(losses(result)) == {1, 2, 3, 4}
 
 
@@ -229,7 +229,7 @@ def test_a_finished_run_without_its_records_is_validated(again, tmp_path, finish
     for name in ("metrics.jsonl", "config.json", "loss.png"):
         (tmp_path / "x" / name).unlink()
     result, said = again()
-    assert said == [] and result.validation_bits_per_byte == pytest.approx(finished[1], rel=1e-6)
+    assert said == [] and result.score == pytest.approx(finished[1], rel=1e-6)
 
 
 def test_an_old_checkpoint_is_compared_by_what_it_says(again, finished, tmp_path):
