@@ -136,12 +136,12 @@ def choose(
             rest.append((key, text))
             continue
         parent, part, value = find(tree, key)
-        word, tasks = _needed(key, text), metadata.get("word", "")
-        if not folder and word in [file.stem for file in files_of(tasks)]:
-            folder = tasks
         if not folder:
-            object.__setattr__(parent, part, word)
-            continue
+            word, tasks = _needed(key, text), metadata["word"]
+            if word not in [file.stem for file in files_of(tasks)]:
+                object.__setattr__(parent, part, word)
+                continue
+            folder = tasks
         module = f"{folder}.{_file(key, folder, text)}"
         if type(value).__module__ != module:
             object.__setattr__(parent, part, importlib.import_module(module).Config())

@@ -20,7 +20,6 @@ def opened(task: Any, data: Any, split: str, host: int, hosts: int) -> Split:
     """The split `split` of a `data.tasks.Task`; ValueError where its settings do not fit a row."""
     task.check(data.length)
     count = (task.examples or UNENDING) if split == "train" else task.held_out
-    fresh = count == UNENDING
 
     def take(rows: np.ndarray, epochs: np.ndarray) -> packing.Batch:
         batch = _rows(task, data, split, np.maximum(rows, 0))
@@ -29,7 +28,7 @@ def opened(task: Any, data: Any, split: str, host: int, hosts: int) -> Split:
         return batch
 
     layout = packing.Layout(count, take)
-    if split == "train" and not fresh:
+    if split == "train" and task.examples:
         layout = packing.shuffled(layout, data.seed)
     return Split(
         name=split,
@@ -60,9 +59,9 @@ def tokenizer(names: tuple[str, ...], task: str) -> Tokenizer:
 
 def _rows(task: Any, data: Any, split: str, numbers: np.ndarray) -> packing.Batch:
     """Rows of a split by their numbers; a row is one document."""
-    settings = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
-    for name in ("examples", "held_out"):  # how many there are changes none of them
-        settings.pop(name)
+    counts = ("examples", "held_out")  # how many rows there are changes none of them
+    names = (field.name for field in dataclasses.fields(task) if field.name not in counts)
+    settings = {name: getattr(task, name) for name in names}
     draw = Draws(f"{task}/{settings}/{data.length}/{split}/{data.seed}", numbers)
     batch = task.rows(draw, data.length)
     real = batch.pop("real", None)

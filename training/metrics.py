@@ -60,12 +60,7 @@ METRICS = {
 
 def of(data: Any) -> Metric:
     """The metric of what a `configs.schema.Data` names; ValueError where it is unknown."""
-    name = name_of(data)
+    name = getattr(data.source, "metric", "bits_per_byte")
     if name not in METRICS:
         raise ValueError(f"data.source has metric {name!r}; known are {', '.join(METRICS)}.")
     return METRICS[name]
-
-
-def name_of(data: Any) -> str:
-    """The name of the metric of a `configs.schema.Data`."""
-    return getattr(data.source, "metric", "bits_per_byte")

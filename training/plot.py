@@ -12,8 +12,8 @@ from training import log
 INK, ACCENT, WARM = "#22252b", "#2563a8", "#c8512b"
 # Of several runs (Okabe and Ito 2008: apart for every kind of colour blindness).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-SMOOTHING = 0.02  # width of the smoothing kernel, as a share of the x axis ...
 LOSSES = {"bits_per_byte": "bits per byte", "bits_per_answer": "bits per answer"}  # as recorded
+SMOOTHING = 0.02  # width of the smoothing kernel, as a share of the x axis ...
 EARLY = 0.1  # ... but at most this share of the place itself: the first steps fall steeply
 
 
