@@ -64,6 +64,7 @@ RANGES = {
     "checkpoint.keep_best": Range(0),
     "evaluation.every_steps": Range(0),
     "evaluation.batches": Range(1),
+    "evaluation.length": Range(0),
     "evaluation.sample_tokens": Range(0),
     "evaluation.temperature": Range(0),
     "guards.max_bad_steps": Range(1),
@@ -92,6 +93,8 @@ def check(experiment: Experiment) -> None:
     if isinstance(experiment.data.source, str):
         _check_form("data.source", experiment.data.source, sources.forms())
     _check_form("data.tokenizer", experiment.data.tokenizer, TOKENIZERS)
+    if experiment.evaluation.length == 1:
+        raise ValueError("evaluation.length=1 must be 0, as in training, or at least 2.")
     _check_task(experiment)
     _check_mesh(experiment)
     _check_schedule(experiment)

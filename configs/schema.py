@@ -85,6 +85,7 @@ class Evaluation:
 
     every_steps: int = 200  # 0: only at the end
     batches: int = 16  # of the validation split, from its start
+    length: int = 0  # tokens in its rows, as to see beyond the trained length; 0: data.length
     sample_tokens: int = 256  # tokens of the sample printed at the end; 0: none
     sample_prompt: str = "def "  # what the sample goes on from
     temperature: float = 0.7  # of the sample; 0: always the likeliest token

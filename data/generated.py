@@ -6,8 +6,9 @@ import hashlib
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-from data import packing
+from data import packing, sources
 from data.draws import Draws
 from data.split import Split
 from data.tokenizers import Tokenizer
@@ -25,7 +26,8 @@ def opened(task: Any, data: Any, split: str, host: int, hosts: int) -> Split:
         batch = _rows(task, data, split, np.maximum(rows, 0))
         for array in batch.values():
             array[rows < 0] = 0
-        return batch
+        most = answers(data)
+        return batch | ({"answers": _places(batch["weights"] > 0, most)} if most else {})
 
     layout = packing.Layout(count, take)
     if split == "train" and task.examples:
@@ -44,6 +46,19 @@ def opened(task: Any, data: Any, split: str, host: int, hosts: int) -> Split:
         take=layout.take,
         metric=task.metric,
     )
+
+
+def answers(data: Any) -> int:
+    """How many places of a row are asked at the most, where those are fewer than all; else 0."""
+    source = sources.find(data.source)
+    most = source.places(data.length) if hasattr(source, "places") else data.length
+    return most if most < data.length else 0
+
+
+def _places(due: Bool[np.ndarray, "B T"], most: int) -> Int[np.ndarray, "B A"]:
+    """Where answers are due in each row, in order; then -1."""
+    order = np.argsort(~due, axis=1, kind="stable")[:, :most]
+    return np.where(np.take_along_axis(due, order, axis=1), order, -1).astype(np.int32)
 
 
 def tokenizer(names: tuple[str, ...], task: str) -> Tokenizer:

@@ -51,8 +51,8 @@ def model_flops(subject: Subject) -> float:
 def _loss(subject: Subject):
     def loss(params, batch):
         model = nnx.merge(subject.trainer.graph, params)
-        hidden = batch.get("hidden")
-        return model.loss(batch["inputs"], batch["targets"], batch["weights"], hidden=hidden)
+        more = {name: batch.get(name) for name in ("hidden", "answers")}
+        return model.loss(batch["inputs"], batch["targets"], batch["weights"], **more)
 
     return loss
 

@@ -90,6 +90,9 @@ class Subject:
         ones = np.ones(shape, np.int32)
         rows = dict(inputs=words, targets=words, segments=ones, weights=ones.astype(np.float32))
         rows["hidden"] = rng.random(shape) < lm.HIDDEN  # read by encoders alone
+        if "answers" in self.trainer.batch:  # of a task: as many places as it asks
+            count = self.trainer.batch["answers"].shape[1]
+            rows["answers"] = np.tile(np.arange(count, dtype=np.int32), (shape[0], 1))
         return put_batch(self.trainer.batch, rows)
 
     def state(self) -> Any:

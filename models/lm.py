@@ -28,8 +28,10 @@ class Config:
     vocabulary: int = 257  # ids; 0: as many as the tokenizer has (training finds out)
     width: int = 256  # of the residual stream
     depth: int = 4  # layers in all
-    # Configs of the layers of one period, repeated to the depth.
-    pattern: tuple = dataclasses.field(default_factory=lambda: (softmax.Config(),))
+    # Configs of the layers of one period, repeated to the depth; by flag as models/pattern.py says.
+    pattern: tuple = dataclasses.field(
+        default_factory=lambda: (softmax.Config(),), metadata={"parser": "models.pattern"}
+    )
     channel: Any = dataclasses.field(default_factory=glu.Config)  # follows each bare mixer
     head: Literal["tied", "untied"] = "tied"
     embed_scale: float = 1.0  # multiplies the embedding (Gemma: sqrt(width))
@@ -88,6 +90,21 @@ def _padded(init: weights.Initializer, shape: tuple[int, int]) -> weights.Initia
         return jnp.pad(init(key, shape), [(0, b - a) for a, b in zip(shape, whole, strict=True)])
 
     return padded
+
+
+def asked(
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    answers: Int[Array, "B A"] | None,
+) -> tuple[Float[Array, "B N D"], Int[Array, "B N"], Float[Array, "B N"]]:
+    """All three at the places `answers` of each row, with weight 0 where that is -1; None: all."""
+    if answers is None:
+        return x, targets, weights
+    at = jnp.maximum(answers, 0)
+    here = lambda values: jnp.take_along_axis(values, at, axis=1)
+    x = jnp.take_along_axis(x, at[..., None], axis=1)
+    return x, here(targets), here(weights) * (answers >= 0)
 
 
 class LM(nnx.Module):
@@ -180,14 +197,19 @@ class LM(nnx.Module):
         *,
         segments: Int[Array, "B T"] | None = None,
         hidden: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+        answers: Int[Array, "B A"] | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, "B N"]]:
         """Sum over tokens of weights * nll in nats, and the nll of each token; keeps no state.
+
+        Where `answers` names the only places with a weight (and -1 for none), logits are made there
+        alone, and the nll is that of each place.
 
         An encoder ("masked") ignores `targets`: it fills in `inputs` where they are `hidden`, a
         share HIDDEN of them (see data/masking.py).
         """
         task = self._task(inputs, targets, weights, hidden)
-        return self.nll(self.read(inputs, segments=segments, hidden=hidden), *task)
+        x = self.read(inputs, segments=segments, hidden=hidden)
+        return self.nll(*asked(x, *task, answers))
 
     def training_loss(
         self,
@@ -197,6 +219,7 @@ class LM(nnx.Module):
         *,
         segments: Int[Array, "B T"] | None = None,
         hidden: Bool[Array, "B T"] | None = None,
+        answers: Int[Array, "B A"] | None = None,
         state: mixer.State | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], mixer.State]:
         """What training minimises, metrics by name, and the state if one came in.
@@ -208,7 +231,7 @@ class LM(nnx.Module):
         old = None if state is None else self._enter(state, segments)
         x, new, found = self._blocks(inputs, segments, old, hidden)
         after = new | {"segment": self._number(old["segment"], segments)} if old else ()
-        nll, _ = self.nll(self.norm(x), *task)
+        nll, _ = self.nll(*asked(self.norm(x), *task, answers))
         losses, metrics = found["losses"], found["metrics"]
         if self.further is not None:
             losses = losses | {"further": self.further.loss(self, x, targets, weights, segments)}

@@ -58,7 +58,11 @@ def make_plan(experiment: schema.Experiment) -> Plan:
     mesh = make_mesh(**dataclasses.asdict(experiment.mesh))
     trainer = _trainer(experiment, mesh)  # what does not fit is refused before minutes of encoding
     host, hosts = jax.process_index(), jax.process_count()
-    splits = [open_split(experiment.data, name, host, hosts) for name in ("train", "validation")]
+    held_out = dataclasses.replace(
+        experiment.data, length=experiment.evaluation.length or experiment.data.length
+    )
+    read = {"train": experiment.data, "validation": held_out}
+    splits = [open_split(data, name, host, hosts) for name, data in read.items()]
     if experiment.model.objective == "masked":
         splits = [masking.masked(split, lm.HIDDEN) for split in splits]
     return Plan(experiment, mesh, trainer, *splits)
@@ -135,12 +139,14 @@ def train(
     workdir: str,
     profile: tuple[int, int] | None,
     started: float | None = None,
+    judged: Callable[[int, float], None] = lambda step, score: None,
 ) -> Result:
     """Train, resuming from `workdir` where it holds a checkpoint of the same experiment.
 
     `profile=(a, b)` writes a trace of steps a to b; `started` is the `time.perf_counter()` at which
-    the program began. Raises the errors of `training.guards` and `training.checkpoint`; SIGTERM and
-    SIGINT save the current step and return.
+    the program began; `judged` hears of every validation, and what it raises ends the run. Raises
+    the errors of `training.guards` and `training.checkpoint`; SIGTERM and SIGINT save the current
+    step and return.
     """
     folder = Path(workdir)
     tracing.check(profile, experiment.steps)
@@ -159,10 +165,10 @@ def train(
         stack.callback(checkpoints.close)
         checkpoints.refuse_taken(experiment.steps)
         stack.enter_context(sharding.on(plan.mesh))
-        return _run(plan, log, checkpoints, stop, profile)
+        return _run(plan, log, checkpoints, stop, profile, judged)
 
 
-def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Result:
+def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile, judged) -> Result:
     experiment, trainer = plan.experiment, plan.trainer
     state, start, tokens, remarks = _resume(plan, log, checkpoints)
     trace = tracing.Trace(profile, log.folder, start, experiment.steps)
@@ -198,6 +204,7 @@ def _run(plan: Plan, log: Log, checkpoints: Checkpoints, stop, profile) -> Resul
                     score = evaluate(plan, trainer.weights(state), count, watchdog.beat)
                 name = f"validation_{plan.validation.metric}"
                 log.record(step, {name: score} | meter.position(step))
+                judged(step, score)
             if save:
                 with log.phase("save"):
                     meta = _meta(plan, score if judge else math.nan) | meter.position(step)

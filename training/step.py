@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import Data, Experiment, Optimizer
-from models import weights
+from data import generated
+from models import lm, weights
 from parallel import sharding
 from training import metrics
 from training.update import averaged, make_rule, schedule
@@ -53,10 +54,10 @@ def make_trainer(
     key = jax.random.key(experiment.seed)
     ways = sharding.ways(mesh, "vocab")
 
-    def build(multiple=ways):
+    def build(key, multiple=ways):
         return experiment.model.build(nnx.Rngs(key), multiple)
 
-    model = nnx.eval_shape(build)
+    model = nnx.eval_shape(build, key)
     rule, platform = experiment.optimizer.rule, mesh.devices.flat[0].platform
     if getattr(rule, "one_cpu", False) and mesh.size > 1 and platform == "cpu":
         name = type(rule).__module__.rpartition(".")[2]
@@ -73,7 +74,8 @@ def make_trainer(
     dims = weights.dims(model)
     data, config = experiment.data, experiment.optimizer
 
-    def init(model) -> State:
+    def init(key, multiple=ways) -> State:
+        model = build(key, multiple)
         params = nnx.to_pure_dict(nnx.split(model)[1])
         carry = model.init_state(data.batch, data.length) if experiment.carry_state else ()
         step = jnp.zeros((), jnp.int32)
@@ -81,22 +83,24 @@ def make_trainer(
         average = jax.tree.map(jnp.copy, params) if config.ema else ()
         return State(step, params, moments, carry, jax.random.fold_in(key, 1), average)
 
-    abstract = _placed(jax.eval_shape(lambda: init(build())), dims, mesh)
+    abstract = _placed(jax.eval_shape(init, key), dims, mesh)
     stored = abstract
     if ways > 1:
-        bare = jax.eval_shape(lambda: init(build(multiple=1)))
+        bare = jax.eval_shape(functools.partial(init, multiple=1), key)
         stored = jax.tree.map(_unpadded, abstract, bare)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch = _abstract_batch(data, mesh, model.objective == "masked")
     rows = {name: leaf.sharding for name, leaf in batch.items()}
     one = NamedSharding(mesh, P())
+    # The key is an argument: the programs of two seeds are one, which the compile cache keeps.
+    fresh = jax.jit(init, out_shardings=shardings, compiler_options=_quick(mesh))
     update = _update_function(experiment, graph, dims, byte_lengths)
     evaluate = _evaluate_function(graph, byte_lengths, metrics.of(data))
     return Trainer(
         graph,
         abstract,
         stored,
-        jax.jit(lambda: init(build()), out_shardings=shardings, compiler_options=_quick(mesh)),
+        lambda: fresh(key),
         jax.jit(
             update, in_shardings=(shardings, rows), out_shardings=(shardings, one), donate_argnums=0
         ),
@@ -148,14 +152,21 @@ def _abstract_batch(data: Data, mesh, masked: bool) -> dict[str, jax.ShapeDtypeS
     where = NamedSharding(mesh, sharding.batch_spec(2))
     dtypes = dict(inputs=jnp.int32, targets=jnp.int32, segments=jnp.int32, weights=jnp.float32)
     dtypes |= dict(hidden=jnp.bool_) if masked else {}
-    shape = (rows, data.length)
-    return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for n, dtype in dtypes.items()}
+    shapes = dict.fromkeys(dtypes, (rows, data.length))
+    if most := generated.answers(data):
+        dtypes, shapes = dtypes | {"answers": jnp.int32}, shapes | {"answers": (rows, most)}
+    return {n: jax.ShapeDtypeStruct(shapes[n], dtypes[n], sharding=where) for n in dtypes}
 
 
 def put_batch(abstract: dict[str, jax.ShapeDtypeStruct], rows: dict[str, np.ndarray]) -> dict:
-    """This host's rows of a batch as global arrays, each device holding its own."""
+    """This host's rows of a batch as global arrays, each device holding its own.
+
+    They may be of another length than those of `abstract`.
+    """
     return {
-        name: jax.make_array_from_process_local_data(leaf.sharding, rows[name], leaf.shape)
+        name: jax.make_array_from_process_local_data(
+            leaf.sharding, rows[name], (leaf.shape[0], *rows[name].shape[1:])
+        )
         for name, leaf in abstract.items()
     }
 
@@ -218,8 +229,7 @@ def _gradient_function(graph, parts: int):
         model = nnx.merge(graph, params)
         tokens = (batch["inputs"], batch["targets"], batch["weights"] / weight)
         old = jax.lax.stop_gradient(carry) if carry else None
-        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
-        total, metrics, carry = model.training_loss(*tokens, **rows, state=old)
+        total, metrics, carry = model.training_loss(*tokens, **_rows(batch), state=old)
         return total, (metrics, carry)
 
     def gradient(params, batch, carry):
@@ -290,25 +300,29 @@ def _evaluate_function(graph, byte_lengths, metric: metrics.Metric):
     def bits(params, batch):
         model = nnx.merge(graph, params)
         inputs, targets, weights = batch["inputs"], batch["targets"], batch["weights"]
-        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
-        total, _ = model.loss(inputs, targets, weights, **rows)
+        total, _ = model.loss(inputs, targets, weights, **_rows(batch))
         return total, _bytes(batch, byte_lengths)
 
     if count is None:
         return bits
 
     def answers(params, batch):
-        model, due = nnx.merge(graph, params), batch["weights"] > 0
-        rows = dict(segments=batch["segments"], hidden=batch.get("hidden"))
+        model = nnx.merge(graph, params)
 
         def right(at):  # one place of all rows after another: the logits of all are many
             hidden, targets = at
             return jnp.argmax(model.logits(hidden), axis=-1) == targets
 
-        each = model.read(batch["inputs"], **rows).swapaxes(0, 1), batch["targets"].T
-        return count(jax.lax.map(right, each).T, due)
+        x = model.read(batch["inputs"], segments=batch["segments"], hidden=batch.get("hidden"))
+        x, targets, weights = lm.asked(x, batch["targets"], batch["weights"], batch.get("answers"))
+        return count(jax.lax.map(right, (x.swapaxes(0, 1), targets.T)).T, weights > 0)
 
     return answers
+
+
+def _rows(batch) -> dict[str, Any]:
+    """What a model reads of a batch beside its tokens, targets and weights."""
+    return {name: batch.get(name) for name in ("segments", "hidden", "answers")}
 
 
 def _bytes(batch, byte_lengths):

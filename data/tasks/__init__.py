@@ -30,6 +30,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def places(self, length: int) -> int:
+        """The most answers that a row has: logits are made at so many of its places."""
+        return length
+
     def check(self, length: int) -> None:
         """ValueError in one line where the settings do not fit each other, or `length`."""
 

@@ -43,6 +43,10 @@ class Config(Task):
                 f"data.source: arithmetic with modulus={self.modulus} must be at least 2."
             )
 
+    def places(self, length: int) -> int:
+        """One a row."""
+        return 1
+
     def symbols(self) -> tuple[str, ...]:
         """Numbers, operators, brackets, the sign of the answer, padding."""
         return (*map(str, range(self.modulus)), "+", "-", "*", "(", ")", "=", "_")

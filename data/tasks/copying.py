@@ -38,6 +38,10 @@ class Config(Task):
                 f"letters that fit twice into data.length={length}."
             )
 
+    def places(self, length: int) -> int:
+        """The copy of the longest string, and its stop."""
+        return (length - 1) // 2 + 1
+
     def symbols(self) -> tuple[str, ...]:
         """Letters, then `$`, `|` and the stop."""
         return (*(f"a{i}" for i in range(self.letters)), "$", "|", ".")

@@ -35,6 +35,10 @@ class Config(Task):
                 "recall. Use vocabulary=3."
             )
 
+    def places(self, length: int) -> int:
+        """One a row."""
+        return 1
+
     def symbols(self) -> tuple[str, ...]:
         """Tokens, the special one."""
         return (*(f"t{i}" for i in range(self.vocabulary - 1)), "!")

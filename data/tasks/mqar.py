@@ -44,6 +44,10 @@ class Config(Task):
                 f"vocabulary={2 * self.pairs + 2}."
             )
 
+    def places(self, length: int) -> int:
+        """One a pair."""
+        return self.pairs
+
     def symbols(self) -> tuple[str, ...]:
         """Filler, keys, values."""
         half = self.vocabulary // 2

@@ -31,6 +31,10 @@ class Config(Task):
                 "data.length."
             )
 
+    def places(self, length: int) -> int:
+        """One a row, or one a bit."""
+        return length if self.every else 1
+
     def symbols(self) -> tuple[str, ...]:
         """The bits, which are the answers as well: 1 is odd."""
         return ("0", "1")

@@ -37,6 +37,10 @@ class Config(Task):
                 "two data tokens. Use vocabulary=4."
             )
 
+    def places(self, length: int) -> int:
+        """The markers."""
+        return self.answers
+
     def symbols(self) -> tuple[str, ...]:
         """Noise, data, the marker."""
         return (".", *(f"d{i}" for i in range(1, self.vocabulary - 1)), "?")

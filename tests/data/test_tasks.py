@@ -66,12 +66,13 @@ def test_an_oracle_is_always_right_and_a_guesser_at_chance(name, settings):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_depend_on_their_number_and_the_seed_alone(name):
     whole = opened(name, "train", batch=8)
+    length = whole.config.length
     halves = [opened(name, "train", host, 2, batch=8) for host in range(2)]
     for i in (0, 3):
         parts = [half.batch(i) for half in halves]
         for key, array in whole.batch(i).items():
             np.testing.assert_array_equal(array, np.concatenate([part[key] for part in parts]))
-            assert array.shape == (8, whole.config.length)
+            assert array.shape[0] == 8 and (key == "answers" or array.shape[1] == length)
     held = opened(name, batch=8, held_out=12)  # as many as there are: none of them changes
     np.testing.assert_array_equal(held.batch(0)["inputs"], opened(name, batch=8).batch(0)["inputs"])
     last = held.batch(1)
@@ -102,6 +103,18 @@ def test_ids_are_symbols(name):
         assert 0 <= batch[key].min() and batch[key].max() < split.vocabulary
     text = split.tokenizer.decode(batch["inputs"][0])
     np.testing.assert_array_equal(split.tokenizer.encode(text.encode()), batch["inputs"][0])
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_the_places_of_answers_are_those_with_a_weight(name, settings):
+    """Each once, in order, then -1; a task that asks everywhere names none."""
+    split = opened(name, "train", **settings)
+    batch = split.batch(0)
+    most = config(name, **settings).places(split.config.length)
+    assert ("answers" in batch) == (most < split.config.length)
+    for weights, answers in zip(batch["weights"], batch.get("answers", ()), strict=False):
+        due = np.flatnonzero(weights)
+        assert answers.tolist() == [*due.tolist(), *[-1] * (most - len(due))]
 
 
 def test_mqar_asks_early_keys_early():

@@ -3,15 +3,18 @@
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import checks, overrides
 from configs.schema import Checkpoint, Data, Evaluation, Experiment, Optimizer
 from data.tasks import induction, parity
 from models import lm
 from models.attention import softmax
+from parallel import sharding
 from training import checkpoint, loop, metrics
 
 RIGHT = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 0], [1, 1, 1]], bool)
@@ -54,6 +57,26 @@ def result(tmp_path_factory):
     return loop.train(experiment, str(tmp_path_factory.mktemp("run") / "x"), None)
 
 
+def test_logits_at_the_answers_alone_give_the_same_loss_and_gradient():
+    """Two rows of six tokens: places 1 and 4, place 3 and none; all places with their weights."""
+    model = lm.Config(vocabulary=5, width=8, depth=1, dtype="float32").build(nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    inputs, targets = (jnp.asarray(rng.integers(5, size=(2, 6)), jnp.int32) for _ in range(2))
+    weights = jnp.zeros((2, 6)).at[[0, 0, 1], [1, 4, 3]].set(jnp.asarray([1.0, 0.5, 2.0]))
+    graph, params = nnx.split(model)
+
+    def loss(params, answers):
+        return nnx.merge(graph, params).training_loss(inputs, targets, weights, answers=answers)[0]
+
+    both = [None, jnp.asarray([[1, 4], [3, -1]])]
+    (every, grads), (some, same) = (jax.value_and_grad(loss)(params, one) for one in both)
+    assert float(some) == pytest.approx(float(every), rel=1e-6) and float(every) > 1
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    total, each = model.loss(inputs, targets, weights, answers=both[1])
+    assert float(total) == pytest.approx(float(every), rel=1e-6) and each.shape == (2, 2)
+
+
 def test_the_score_of_a_run_is_that_of_its_answers(result):
     """20 rows in three batches, the last of them filled up with padding."""
     assert result.plan.experiment.model.vocabulary == 2
@@ -66,6 +89,29 @@ def test_the_score_of_a_run_is_that_of_its_answers(result):
         answers = np.argmax(np.asarray(result.model.logits(hidden)), -1)
         right += (answers == batch["targets"])[batch["weights"] > 0].tolist()
     assert len(right) == 20 and result.score == pytest.approx(np.mean(right))
+
+
+def test_validation_may_be_of_longer_rows():
+    """Trained at 8 bits and judged at 24: the score is that of the model's own answers there."""
+    experiment = Experiment(
+        lm.Config(vocabulary=0, width=16, depth=1, dtype="float32"),
+        data=Data(source=parity.Config(shortest=16, held_out=24), length=16, batch=8),
+        evaluation=Evaluation(length=24),
+    )
+    plan = loop.make_plan(experiment)
+    with sharding.on(plan.mesh):
+        params = plan.trainer.init().params
+        score = loop.evaluate(plan, params, 0)
+    model, right = nnx.merge(plan.trainer.graph, params), []
+    for i in range(3):
+        batch = plan.validation.batch(i)
+        assert batch["inputs"].shape == (8, 24)
+        inputs, segments = (jnp.asarray(batch[name]) for name in ("inputs", "segments"))
+        logits = model.logits(model.read(inputs, segments=segments))
+        found = np.argmax(np.asarray(logits), -1) == batch["targets"]
+        right += found[batch["weights"] > 0].tolist()
+    assert score == pytest.approx(np.mean(right)) and len(right) == 24
+    assert plan.train.batch(0)["inputs"].shape == (8, 16)
 
 
 @pytest.mark.parametrize(
