@@ -23,6 +23,7 @@ from configs.schema import RENAMED, Experiment, freeze, from_dict, on_disk
 
 ROOT = Path(__file__).parents[1]
 Pairs = list[tuple[str, str | None]]  # of a key and the text given for it; None: a bare flag
+ADDRESSES = ("storage",)  # options that name no file
 HELP = ("help", "h", "helpshort", "helpfull")
 
 
@@ -118,7 +119,8 @@ def _split(argv: list[str], options: Mapping[str, Any]):
         elif name in options:
             with configuration():
                 values[name] = overrides.read(f"--{name}", type(options[name]), text)
-                on_disk(str(values[name]), f"--{name}")
+                if name not in ADDRESSES:
+                    on_disk(str(values[name]), f"--{name}")
         else:
             pairs.append((name.removeprefix("config."), text))
     return files, pairs, values
@@ -204,6 +206,13 @@ def load(spec: str) -> Experiment:
         kind = type(tree).__name__
         raise ConfigFileError(f"get_config() of {name} must return an Experiment, not {kind}.")
     return tree
+
+
+def sweep(spec: str, base: Experiment) -> Any:
+    """What `get_sweep(base)` of the file of FILE[:ARG] returns; None where it has none."""
+    path = Path(spec.partition(":")[0])
+    get_sweep = getattr(_execute(path), "get_sweep", None) if path.suffix == ".py" else None
+    return get_sweep(base) if get_sweep else None
 
 
 def _written(path: Path) -> Experiment:

@@ -126,7 +126,8 @@ def choose(
     A field whose metadata names a "folder" of Config files takes the name of any file there:
     `optimizer.rule=lion`. What has that class already keeps its settings. One whose metadata says
     "word" takes a word in place of a section, `data.source=text:FOLDER`, which `configs.checks`
-    reads; the name of a file of the folder that it names, `data.source=mqar`, is its Config.
+    reads; the name of a file of the folder that it names, `data.source=mqar`, is its Config. One
+    with a "parser" takes what the function `parse` of that module reads, `model.pattern=gla,rwkv7`.
     """
     tree, rest = _apart(tree), []
     for key, text in pairs:
@@ -136,6 +137,10 @@ def choose(
             rest.append((key, text))
             continue
         parent, part, value = find(tree, key)
+        if parser := metadata.get("parser", ""):
+            parse = importlib.import_module(parser).parse
+            object.__setattr__(parent, part, parse(_needed(key, text)))
+            continue
         if not folder:
             word, tasks = _needed(key, text), metadata["word"]
             if word not in [file.stem for file in files_of(tasks)]:
@@ -146,6 +151,19 @@ def choose(
         if type(value).__module__ != module:
             object.__setattr__(parent, part, importlib.import_module(module).Config())
     return tree, rest
+
+
+def placed(tree: Any, pairs: Iterable[tuple[str, Any]]) -> Any:
+    """A copy of `tree` with each (key, section) in its place; other keys are set by `apply`."""
+    tree = _apart(tree)
+    for key, section in pairs:
+        parent, part, _ = find(tree, key)
+        if not dataclasses.is_dataclass(parent):
+            raise ValueError(f"{key} is an element: set the whole tuple around it.")
+        if not fits(annotation(parent, part), section):
+            raise ValueError(f"{key}={section!r} does not fit its field.")
+        object.__setattr__(parent, part, _apart(section))
+    return tree
 
 
 def _metadata(tree: Any, key: str) -> Mapping[str, Any]:

@@ -85,14 +85,25 @@ figcaption { max-width: 48rem; }
 """
 
 
-def page(report: Report) -> str:
-    """The whole page. It asks for nothing from elsewhere and runs no script."""
+def page(
+    report: Report,
+    *,
+    title: str = "",
+    pictures: list[Picture] | None = None,
+    confidence: str = "99 %",
+) -> str:
+    """The whole page. It asks for nothing from elsewhere and runs no script.
+
+    `pictures` stand in place of those that `figures.draw` makes of the report; `confidence` is that
+    of its intervals.
+    """
     names = [column.config for column in report.columns]
     count = "one config" if len(names) == 1 else f"{len(names)} configs"
-    drawn = _figures(figures.draw(report))
-    parts = [_table(report), _comparisons(report), drawn, *map(_profile, report.columns)]
+    drawn = _figures(figures.draw(report) if pictures is None else pictures)
+    numbers = _table(report, confidence)
+    parts = [numbers, _comparisons(report), drawn, *map(_profile, report.columns)]
     return _PAGE.substitute(
-        title=f"Resources of {count}",
+        title=escape(title or f"Resources of {count}"),
         style=_STYLE,
         origin=escape(origin(report)),
         parts="\n".join(parts),
@@ -118,14 +129,14 @@ def _comparisons(report: Report) -> str:
     return _section("Comparisons", '<ul class="list">\n' + "\n".join(lines) + "\n</ul>")
 
 
-def _table(report: Report) -> str:
+def _table(report: Report, confidence: str) -> str:
     """Resource after resource; the notes are numbered below."""
     notes: dict[str, int] = {}
     heads = "".join(f'<th scope="col">{escape(column.config)}</th>' for column in report.columns)
     bodies = [_body(resource, report.columns, notes) for resource in RESOURCES]
     text = (
         f'<p class="about" id="letters">{_letters()}. Under a number: the interval in which it '
-        "lies with 99 % confidence.</p>\n"
+        f"lies with {confidence} confidence.</p>\n"
         '<div class="wide" tabindex="0" role="region" aria-label="table of all numbers">\n'
         '<table aria-describedby="letters">\n'
         f'<thead><tr><th scope="col">number</th>{heads}</tr></thead>\n'

@@ -28,6 +28,16 @@ ROOMS = {  # a room: which of our modules it may import beside its own
         "resources",
         "report",
     ),
+    "science": (
+        "configs.schema",
+        "configs.sweep",
+        "configs.loading",
+        "training",
+        "evaluation",
+        "resources",
+        "report",
+        "data",
+    ),
 }
 PARTS = "models.parts"
 OF_CONFIGS = {"Config", "parse", "period", "is_channel"}  # what configs may use of others
@@ -44,6 +54,7 @@ LIGHT = {
     "configs.overrides",
     "configs.checks",
     "configs.preview",
+    "configs.sweep",
     "configs.usage",
     LAUNCH,
     "training",

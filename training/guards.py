@@ -29,6 +29,10 @@ class NonFinite(Stop):
     code = NON_FINITE
 
 
+class InUse(ValueError):
+    """Another job trains in the workdir."""
+
+
 def preflight(workdir: Path | str, need_bytes: int = 0) -> None:
     """Create `workdir` and try it; ValueError if it is a file, not writable or too full."""
     folder = Path(on_disk(str(workdir), "workdir"))
@@ -57,7 +61,7 @@ def preflight(workdir: Path | str, need_bytes: int = 0) -> None:
 class RunLock:
     """Only one job at a time in a workdir: a context; the job's first process holds `run.lock`.
 
-    `agree` gives every process of the job what the first one passed. Entering raises ValueError
+    `agree` gives every process of the job what the first one passed. Entering raises InUse
     in all of them when another job holds the lock. The kernel lets go of it when the process ends,
     however it ends, and children do not inherit it.
     """
@@ -71,7 +75,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         if fault := self._agree(self._take() if self._first else ""):
-            raise ValueError(fault)
+            raise InUse(fault)
         return self
 
     def _take(self) -> str:
