@@ -187,7 +187,7 @@ def load(spec: str) -> Experiment:
         raise UsageError(f"no config file {name!r}{_nearest_file(path)}.")
     args = (arg,) if colon else ()
     try:
-        get_config = getattr(_execute(path), "get_config", None)
+        get_config = getattr(module(path), "get_config", None)
         if not callable(get_config):
             raise UsageError(f"{name} has no function get_config().")
         if not _accepts(get_config, args):
@@ -211,7 +211,7 @@ def load(spec: str) -> Experiment:
 def sweep(spec: str, base: Experiment) -> Any:
     """What `get_sweep(base)` of the file of FILE[:ARG] returns; None where it has none."""
     path = Path(spec.partition(":")[0])
-    get_sweep = getattr(_execute(path), "get_sweep", None) if path.suffix == ".py" else None
+    get_sweep = getattr(module(path), "get_sweep", None) if path.suffix == ".py" else None
     return get_sweep(base) if get_sweep else None
 
 
@@ -226,13 +226,14 @@ def _written(path: Path) -> Experiment:
     return tree
 
 
-def _execute(path: Path):
+def module(path: Path) -> Any:
+    """A config file's module: its code is run."""
     spec = importlib.util.spec_from_file_location(f"configs.given_{path.stem}", path)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    spec.loader.exec_module(made)
+    return made
 
 
 def _accepts(function: Callable, args: tuple) -> bool:
