@@ -11,28 +11,34 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import statistics
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from configs import loading, sweep
-from configs.claims import Above, Claim, Reaches, Stays
-from configs.schema import on_disk
+from configs import loading, schema, sweep
+from configs.claims import Above, Claim, Reaches
+from configs.schema import Experiment, on_disk
 from parallel import launch
 from report.table import human
 
 ROOT = Path(__file__).parents[1]
 PAPERS = ROOT / "configs" / "papers"
-REPRODUCED, NOT, NOT_RUN, STALE = "reproduced", "not reproduced", "not run", "changed since"
+REPRODUCED, NOT, NOT_RUN = "reproduced", "not reproduced", "not run"
+KEPT = ("parameters", "flops", "state")  # sizes of a row that its record keeps
 CONFIDENCE = 0.95
 PAGE = """# Claims
 
-Written by `python -m science.claims --markdown docs/claims.md`. Each line is a file of `configs/papers/`: a claim
-of a paper, the sweep that tests it, and in the record beside it what came out. `python -m science.claims NAME --run`
-runs one again. A score is a mean over seeds with its 95 % interval (Student's t).
+Written by `python -m science.claims --markdown docs/claims.md`. Each line is a file of
+`configs/papers/`: a claim of a paper, what is trained or counted to test it, and in the record
+beside it what came out.
+`python -m science.claims NAME --run` runs one again. A score is a mean over seeds with its 95 %
+interval (Student's t).
 
 """
 
@@ -42,6 +48,7 @@ class Entry(NamedTuple):
 
     file: Path
     claim: Claim
+    sweeps: bool  # it is trained; else it is measured
     record: dict[str, Any] | None  # what the last run wrote
 
     @property
@@ -54,9 +61,16 @@ class Entry(NamedTuple):
         """In a word or two."""
         if self.record is None:
             return f"needs {self.claim.needs}" if self.claim.needs else NOT_RUN
-        if self.record["checks"] != _checks(self.claim):
-            return STALE
-        return REPRODUCED if not self.record["fails"] else NOT
+        return self.record["verdict"]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the record is of other experiments or checks than the file has now."""
+        kept = self.record
+        return bool(kept) and (kept["checks"], kept["experiments"]) != (
+            _checks(self.claim),
+            _experiments(self),
+        )
 
 
 def ledger(names: Sequence[str] = ()) -> list[Entry]:
@@ -65,9 +79,9 @@ def ledger(names: Sequence[str] = ()) -> list[Entry]:
     for file in sorted(PAPERS.glob("*/[!_]*.py")):
         if names and not any(name in str(file.relative_to(PAPERS)) for name in names):
             continue
-        claim = loading.module(file).CLAIM
-        kept = file.with_suffix(".json")
-        found.append(Entry(file, claim, json.loads(kept.read_text()) if kept.exists() else None))
+        module, kept = loading.module(file), file.with_suffix(".json")
+        record = json.loads(kept.read_text()) if kept.exists() else None
+        found.append(Entry(file, module.CLAIM, hasattr(module, "get_sweep"), record))
     return found
 
 
@@ -129,19 +143,50 @@ def _checks(claim: Claim) -> list:
 
 
 def run(entry: Entry) -> dict[str, Any]:
-    """Run what the sweep of a claim lacks, and write the record beside its file; the record.
+    """Run what a claim lacks, and write the record beside its file; the record.
 
     Started twice it runs twice as many trials at once.
     """
     from report import report
     from resources import throughput
+
+    found = _trained(entry) if entry.sweeps else _measured(entry)
+    scores = {row["name"]: row["scores"] for row in found.rows}
+    record = {
+        "verdict": "",
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m science.claims {entry.name} --run",
+        "device": throughput.device_name(),
+        "versions": report.versions(),
+        "commit": report.commit(),
+        "experiments": found.print,
+        "checks": _checks(entry.claim),
+        "metric": found.metric,
+        "higher": found.higher,
+        "seconds": round(found.seconds, 1),
+        "rows": found.rows,
+        "fails": fails(entry.claim, scores, found.higher),
+    }
+    record["verdict"] = NOT if record["fails"] else REPRODUCED
+    entry.file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+class Found(NamedTuple):
+    """What a run of a claim gave."""
+
+    rows: list[dict[str, Any]]
+    metric: str
+    higher: bool
+    seconds: float  # of all its trials, whenever they ran
+    print: str  # of the experiments
+
+
+def _trained(entry: Entry) -> Found:
     from science import page, study, table, worker
     from training import metrics
 
-    file = str(entry.file)
-    base = loading.parse([f"--config={file}"], {}, single=True)[0][0]
-    found = loading.sweep(file, base)
-    points = sweep.points(found)
+    base, found, points = _points(entry.file)
     metric = metrics.of(base.data)
     root = ROOT / "runs" / "claims" / entry.name
     root.mkdir(parents=True, exist_ok=True)
@@ -151,39 +196,64 @@ def run(entry: Entry) -> dict[str, Any]:
         raise SystemExit(3)
     rows = table.entries(kept, points, found.tuned, metric.higher)
     page.write(root, rows, entry.claim.says, metric.title, found.tuned)
-    scores = {row.name: row.scores for row in rows}
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m science.claims {entry.name} --run",
-        "device": throughput.device_name(),
-        "versions": report.versions(),
-        "commit": report.commit(),
-        "points": prints(points),
-        "checks": _checks(entry.claim),
-        "metric": metric.title,
-        "seconds": sum(row.sizes.get("seconds", 0) * len(row.scores) * row.tried for row in rows),
-        "rows": [row._asdict() | {"folders": None} for row in rows],
-        "fails": fails(entry.claim, scores, metric.higher),
-    }
-    entry.file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    held = study.of_points(kept)
+    seconds = sum(held[point.key].user_attrs.get("seconds", 0) for point in points)
+    kept_rows = [
+        {
+            "name": row.name,
+            "scores": row.scores,
+            "tuned": row.tuned,
+            "tried": row.tried,
+            "sizes": {name: row.sizes[name] for name in KEPT if name in row.sizes},
+        }
+        for row in rows
+    ]
+    return Found(kept_rows, metric.title, metric.higher, seconds, _print(p.key for p in points))
 
 
-def prints(points: Sequence[sweep.Point]) -> str:
-    """Equal for equal experiments."""
-    return hashlib.sha256(" ".join(sorted(p.key for p in points)).encode()).hexdigest()[:16]
+def _measured(entry: Entry) -> Found:
+    from science import measures
+
+    began, rows = time.monotonic(), []
+    measured = loading.module(entry.file).get_measures()
+    for name, one in measured.items():
+        rows.append({"name": name, "scores": [measures.score(one)]})
+        print(f"{name}: {rows[-1]['scores'][0]:.4g}", flush=True)
+    one = next(iter(measured.values()))
+    title = one.quantity if one.form == "value" else f"{one.quantity}, {one.form}"
+    return Found(rows, title, True, time.monotonic() - began, _experiments(entry))
+
+
+def _points(file: Path) -> tuple[Experiment, sweep.Sweep, list[sweep.Point]]:
+    base = loading.parse([f"--config={file}"], {}, single=True)[0][0]
+    found = loading.sweep(str(file), base)
+    assert found is not None, f"{file} has no get_sweep"
+    return base, found, sweep.points(found)
+
+
+def _experiments(entry: Entry) -> str:
+    """What a claim runs, as a print that changes with any of its settings."""
+    if entry.sweeps:
+        return _print(point.key for point in _points(entry.file)[2])
+    measured = loading.module(entry.file).get_measures()
+    parts = (
+        [name, m.quantity, m.at, m.form, schema.to_dict(m.experiment)]
+        for name, m in measured.items()
+    )
+    return _print(map(str, parts))
+
+
+def _print(keys: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(sorted(keys)).encode()).hexdigest()[:16]
 
 
 def told(entry: Entry) -> list[str]:
     """Scores of all rows, and what does not hold: phrases."""
     if entry.record is None:
         return []
-    scores = [f"{_row_name(row)} {_score(row['scores'])}" for row in entry.record["rows"]]
-    return [*scores, *entry.record["fails"]]
-
-
-def _row_name(row: dict[str, Any]) -> str:
-    return ", ".join(row["labels"].values()) or "all"
+    scores = [f"{row['name']} {_score(row['scores'])}" for row in entry.record["rows"]]
+    changed = ["the file has changed since"] * entry.stale
+    return [*scores, *entry.record["fails"], *changed]
 
 
 def _score(scores: Sequence[float]) -> str:
@@ -191,8 +261,8 @@ def _score(scores: Sequence[float]) -> str:
 
     if not scores:
         return "no score"
-    around = interval(scores)
-    return f"{statistics.fmean(scores):.3f}" + (f" +-{around[1] - statistics.fmean(scores):.3f}" if around else "")
+    mean, around = statistics.fmean(scores), interval(scores)
+    return f"{mean:.4g}" + (f" +-{around[1] - mean:.2g}" if around else "")
 
 
 def show(entries: Sequence[Entry]) -> None:
@@ -212,16 +282,20 @@ def markdown(entries: Sequence[Entry]) -> str:
     lines = [PAGE, "| claim | source | verdict | date | time |\n", "|---|---|---|---|---:|\n"]
     for entry in entries:
         record = entry.record or {}
-        minutes = f"{record['seconds'] / 60:.0f} min" if record else entry.claim.cost
+        taken = _duration(record["seconds"]) if record else entry.claim.cost
         cells = (
-            f"[{entry.name}](#{entry.name.replace('/', '').replace('_', '_')})",
+            f"[{entry.name}](#{entry.name.replace('/', '')})",
             entry.claim.source,
             f"**{entry.verdict}**",
             record.get("date", ""),
-            minutes,
+            taken,
         )
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines) + "".join(map(_section, entries))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _section(entry: Entry) -> str:
@@ -230,26 +304,22 @@ def _section(entry: Entry) -> str:
     text += f"Published: {claim.published}\n\nHere: {claim.scaled}\n\n"
     if record is None:
         return text + f"Verdict: {entry.verdict}. Cost: {claim.cost}.\n"
-    text += "| row | score | seeds | tuned | parameters | state |\n|---|---:|---:|---|---:|---:|\n"
-    for row in record["rows"]:
-        chosen = ", ".join(f"{sweep.short(a)} {v}" for a, v in row["tuned"].items())
-        if chosen:
-            chosen += f" (of {row['tried']})"
-        size = row["sizes"]
-        state = human(size["state"], "B") if "state" in size else ""
-        cells = (
-            _row_name(row),
-            _score(row["scores"]),
-            str(len(row["scores"])),
-            chosen,
-            human(size["parameters"], "") if "parameters" in size else "",
-            state,
-        )
-        text += f"| {' | '.join(cells)} |\n"
+    text += f"| row | {record['metric']} | seeds | tuned | parameters | state |\n"
+    text += "|---|---:|---:|---|---:|---:|\n"
+    text += "".join(f"| {' | '.join(_cells(row))} |\n" for row in record["rows"])
     why = "".join(f"\n- {line}" for line in record["fails"])
     text += f"\nVerdict: **{entry.verdict}**, {record['date']}, {record['device']}, "
     text += f"jax {record['versions']['jax']}; `{record['command']}`.{why}\n"
     return text
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    chosen = ", ".join(f"{sweep.short(a)} {v}" for a, v in row.get("tuned", {}).items())
+    chosen += f" (of {row['tried']})" if chosen else ""
+    sizes = row.get("sizes", {})
+    units = {"parameters": "", "state": "B"}
+    shown = [human(sizes[name], unit) if name in sizes else "" for name, unit in units.items()]
+    return [row["name"], _score(row["scores"]), str(len(row["scores"])), chosen, *shown]
 
 
 def main() -> None:
@@ -273,8 +343,11 @@ def main() -> None:
         found = ledger(given.names)
     if given.markdown:
         Path(given.markdown).write_text(markdown(found))
-    else:
+        return
+    try:
         show(found)
+    except BrokenPipeError:  # a reader that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

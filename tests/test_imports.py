@@ -31,7 +31,9 @@ ROOMS = {  # a room: which of our modules it may import beside its own
     "science": (
         "configs.schema",
         "configs.sweep",
+        "configs.claims",
         "configs.loading",
+        "parallel",
         "training",
         "evaluation",
         "resources",
