@@ -22,6 +22,7 @@ from report.table import PIPED, human
 from science import study as studies
 
 CONFIDENCE = 0.95
+STOPPED = "stopped early"
 SIZES = {"parameters": "", "flops": "FLOP/token", "state": "B", "rate": "tok/s", "seconds": "s"}
 TITLES = {"flops": "FLOPs", "rate": "training", "seconds": "a trial"}
 
@@ -33,7 +34,7 @@ class Entry(NamedTuple):
     tuned: dict[str, str]
     scores: tuple[float, ...]  # of the seeds that were run to their end
     sizes: dict[str, float]  # means over these
-    tried: int  # settings of the tuned axes that gave a score
+    tried: int  # settings of the tuned axes that gave a score or were stopped early
     lacks: tuple[str, ...]  # what became of trials that gave none, a phrase each
     folders: tuple[str, ...]  # of the trials
 
@@ -85,7 +86,8 @@ def _entry(labels: dict, settings: dict, held: dict[str, FrozenTrial], higher: b
     most = max(len(one.scores) for one in scored)
     full = [one for one in scored if len(one.scores) == most]
     best = (max if higher else min)(full, key=lambda one: one.mean)
-    return best._replace(tried=len(scored))
+    stopped = sum(not one.scores and STOPPED in one.lacks for one in found)
+    return best._replace(tried=len(scored) + stopped)
 
 
 def _fate(trial: FrozenTrial | None) -> str:
@@ -94,7 +96,7 @@ def _fate(trial: FrozenTrial | None) -> str:
         return "not run"
     if trial.state == TrialState.COMPLETE:
         return ""
-    fates = {TrialState.RUNNING: "running", TrialState.PRUNED: "stopped early"}
+    fates = {TrialState.RUNNING: "running", TrialState.PRUNED: STOPPED}
     return fates.get(trial.state, f"failed: {trial.user_attrs.get(studies.FAULT)}")
 
 

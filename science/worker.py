@@ -32,9 +32,6 @@ class Faulty(Exception):
     """The trial failed, and would again; its fault says why."""
 
 
-PASSED = (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError)
-
-
 def work(
     study: optuna.Study,
     points: Sequence[Point],
@@ -64,7 +61,7 @@ def work(
         except Interrupted:
             return False
         except optuna.exceptions.UpdateFinishedTrialError:
-            continue  # this worker was taken for dead, and its trial given to another
+            continue  # the trial was given to another worker
         finally:
             jax.clear_caches()  # programs of a hundred trials fill the address space
 
@@ -87,7 +84,6 @@ class _Job:
         def judged(step: int, score: float) -> None:
             trial.report(score, step)
             if step < point.experiment.steps and trial.should_prune():
-                self.tell(point, "stopped early")
                 raise optuna.TrialPruned
 
         try:
@@ -95,7 +91,10 @@ class _Job:
         except guards.InUse:  # a worker that was taken for dead lives, and trains there
             time.sleep(self.patience_s)
             self.leave(trial)
-        except PASSED:
+        except optuna.TrialPruned:
+            self.tell(point, "stopped early")
+            raise
+        except optuna.exceptions.UpdateFinishedTrialError:  # this worker was taken for dead
             raise
         except Exception as error:  # whatever one point does, the others are run
             fault = " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,8 @@ from models import lm
 from science import study as studies
 from science import table
 
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat")  # these tests ask by hand
+
 
 @pytest.fixture
 def study(tmp_path):

@@ -1,5 +1,6 @@
 """sweep.py as a user starts it: workers that are killed, faults, early stopping, the comparison."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 
 import optuna
 import pytest
+import sqlalchemy
 
 import sweep
 from configs import loading
@@ -24,10 +26,10 @@ def finish(process, code=0):
     return output
 
 
-def trials(folder, state=optuna.trial.TrialState.COMPLETE):
+def trials(folder, state=optuna.trial.TrialState.COMPLETE, storage=""):
     """The trials of the study in a folder."""
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
-    return study.get_trials(states=(state,))
+    address = storage or f"sqlite:///{folder / 'study.db'}"
+    return optuna.load_study(study_name="s", storage=address).get_trials(states=(state,))
 
 
 def scores(output):
@@ -36,45 +38,55 @@ def scores(output):
     return [re.split(r"\s{2,}", row.strip())[:4] for row in rows]
 
 
-def end_all(process):
-    """SIGKILL to a worker."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def killed(start, kills, seed, running):
+    """Two workers, one of which is killed and started again, `kills` times at random moments.
 
-
-def killed(command, folder, flags, kills, seed):
-    """Two workers, one of which is killed and started again at random moments; the last output."""
-    rng, workers = random.Random(seed), {}
-    for i in range(2):
-        workers[i] = command(*flags, "--workers=0", f"--workdir={folder}", "--study=s")
+    `running()` says whether any trial runs: nothing is killed before.
+    """
+    rng, workers = random.Random(seed), [start(), start()]
     for _ in range(kills):
-        time.sleep(rng.uniform(5, 9))  # a worker takes 3 s to its first trial
+        deadline = time.monotonic() + 200
+        while not running():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0, 3))
         i = rng.randrange(2)
-        end_all(workers[i])
-        workers[i] = command(*flags, "--workers=0", f"--workdir={folder}", "--study=s")
-    for worker in workers.values():
+        os.killpg(workers[i].pid, signal.SIGKILL)
+        workers[i].wait()
+        workers[i] = start()
+    for worker in workers:
         finish(worker)
-    return finish(command(*flags, "--show", f"--workdir={folder}", "--study=s"))
 
 
-def check_kills(command, tmp_path, flags, points, kills):
+def check_kills(command, tmp_path, flags, points, kills, storage=""):
     """Every point is finished exactly once, and the table is that of an unbroken sweep."""
-    broken = killed(command, tmp_path / "broken", flags, kills, seed=kills)
-    done = trials(tmp_path / "broken")
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    given = [*flags, "--study=s", f"--workdir={broken}", f"--storage={storage}"]
+
+    def found(state):
+        return trials(broken, getattr(optuna.trial.TrialState, state), storage)
+
+    def running():
+        with contextlib.suppress(KeyError, ValueError, sqlalchemy.exc.SQLAlchemyError):
+            return bool(found("RUNNING"))  # the first worker has not made the study yet
+        return False
+
+    killed(lambda: command(*given, "--workers=0"), kills, kills, running)
+    done = found("COMPLETE")
     assert len(done) == points == len({trial.user_attrs["point"] for trial in done})
-    assert not trials(tmp_path / "broken", optuna.trial.TrialState.RUNNING)
-    assert not trials(tmp_path / "broken", optuna.trial.TrialState.WAITING)
-    whole = finish(command(*flags, "--workers=2", f"--workdir={tmp_path / 'whole'}", "--study=s"))
-    assert scores(whole) and scores(whole) == scores(broken)
-    for folder in ("broken", "whole"):
-        runs = [path for path in (tmp_path / folder).iterdir() if path.is_dir()]
-        assert len(runs) == points
+    assert found("FAIL"), "no kill has met a trial"
+    assert not found("RUNNING") and not found("WAITING")
+    table = scores(finish(command(*given, "--show")))
+    unbroken = finish(command(*flags, "--workers=2", f"--workdir={whole}", "--study=s"))
+    assert table and table == scores(unbroken)
+    for folder in (broken, whole):
+        assert len([path for path in folder.iterdir() if path.is_dir()]) == points
 
 
 def test_killed_workers_finish_every_point_once(command, tmp_path):
-    """Four points, two workers, two kills."""
+    """Four points, two workers, three kills."""
     flags = ["--sweep.optimizer.learning_rate=1e-3,3e-2", "--seeds=2"]
-    check_kills(command, tmp_path, flags, 4, 2)
+    check_kills(command, tmp_path, flags, 4, 3)
 
 
 @pytest.mark.long
@@ -150,3 +162,15 @@ def test_a_bad_sweep_is_one_line(config, tmp_path, monkeypatch, flags, words):
     line = str(refused.value)
     assert words in line and "\n" not in line and "secret" not in line
     assert not list(tmp_path.glob("*/config.json"))
+
+
+def test_halving_stops_the_worse_half_early(command, tmp_path):
+    """Of four rates at most two go beyond the second validation; all four count as tried."""
+    flags = ["--sweep.optimizer.learning_rate=1e-4,1e-3,3e-2,1e-1", f"--workdir={tmp_path}"]
+    flags += ["--tune=optimizer.learning_rate", "--halving=2", "--study=s"]
+    output = finish(command(*flags))
+    stopped = trials(tmp_path, optuna.trial.TrialState.PRUNED)
+    assert len(stopped) + len(trials(tmp_path)) == 4 and stopped
+    assert output.count("stopped early") == len(stopped)
+    (row,) = [line for line in output.splitlines() if line.strip().startswith(("0.", "1."))]
+    assert row.split()[3] == "4", row
