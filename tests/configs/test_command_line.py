@@ -197,7 +197,7 @@ def test_help_prints_the_docstring_and_the_options(monkeypatch, capsys, flag):
     assert "optimizer.rule=soap" in out and "optimizer.rule.every=10 " in out
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "sweep.py"])
 def test_help_says_what_every_option_and_field_does(program):
     done = subprocess.run(
         [sys.executable, program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
