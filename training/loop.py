@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from configs import schema
-from data import masking
+from data import generated, masking
 from data.pipeline import Split, open_split, tokenizer_of
 from models import lm, weights
 from parallel import sharding
@@ -100,15 +100,18 @@ def describe(plan: Plan, resume_step: int = 0, program=None) -> dict[str, str]:
     tokens = experiment.data.batch * experiment.data.length
     epochs = experiment.steps / len(plan.train)
     far = f", more than the {REPEATS} that teach anything (arXiv 2305.16264)"
+    rows_are = f"{plan.train.tokens:,} training tokens"
+    again = f" ({epochs:,.2f} epochs{far * (epochs > REPEATS)})"
+    if plan.train.rows >= generated.UNENDING:
+        rows_are, again = "every training row is new", ""
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} host(s)",
         "mesh": ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items()),
         "vocabulary": _vocabulary(plan),
         "parameters": f"{total:,} total, {total - outer:,} non-embedding, {active:,} active",
-        "data": f"{experiment.data.source}: {plan.train.tokens:,} training tokens "
-        f"({plan.train.fingerprint[:12]})",
+        "data": f"{experiment.data.source}: {rows_are} ({plan.train.fingerprint[:12]})",
         "tokens per step": f"{tokens:,} ({experiment.data.batch} x {experiment.data.length})",
-        "steps": f"{experiment.steps:,} ({epochs:,.2f} epochs{far * (epochs > REPEATS)})",
+        "steps": f"{experiment.steps:,}{again}",
     }
     if program is not None:
         memory = program.memory_analysis()

@@ -112,6 +112,9 @@ def test_validation_may_be_of_longer_rows():
         right += found[batch["weights"] > 0].tolist()
     assert score == pytest.approx(np.mean(right)) and len(right) == 24
     assert plan.train.batch(0)["inputs"].shape == (8, 16)
+    said = loop.describe(plan)
+    assert said["data"].startswith("parity: every training row is new (")
+    assert said["steps"] == "1,000"
 
 
 @pytest.mark.parametrize(
