@@ -85,8 +85,9 @@ def test_halving_keeps_the_best_of_one_heat(study, points):
     other = next(i for i in range(8) if i not in rivals)
     assert not verdict(other, 4, 0.99)
     assert not verdict(rivals[0], 4, 0.5)  # the first there is the best so far
-    assert not verdict(rivals[0], 6, 0.1)  # no rung
     assert verdict(rivals[1], 4, 0.4)
+    assert not verdict(rivals[0], 6, 0.1)
+    assert not verdict(rivals[1], 6, 0.05)  # worse, but no rung
     assert not verdict(rivals[1], 8, 0.4)
 
 
