@@ -59,10 +59,10 @@ def main() -> int:
     name = options["study"] or Path(file.partition(":")[0]).stem
     root = Path(options["workdir"] or f"runs/{name}")
     from science import page, study, table
-    from training import guards, metrics
+    from training import guards
 
-    metric = metrics.of(base.data)
     with loading.configuration():
+        metric = one_metric(points)
         guards.preflight(root)
         storage = options["storage"] or study.default_storage(root)
         pruner = halving(options["halving"], sweep)
@@ -100,6 +100,17 @@ def check(options: dict) -> None:
     for name, least in {"workers": 0, "seeds": 0, "heartbeat": 1}.items():
         if options[name] < least:
             raise ValueError(f"--{name}={options[name]} must be at least {least}.")
+
+
+def one_metric(points):
+    """What all points are judged by; ValueError where that is not one thing."""
+    from training import metrics
+
+    found = {metrics.of(point.experiment.data) for point in points}
+    if len(found) > 1:
+        titles = " and ".join(sorted(metric.title for metric in found))
+        raise ValueError(f"the points are judged by {titles}: sweep over them apart.")
+    return found.pop()
 
 
 def halving(rate: int, sweep):

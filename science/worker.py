@@ -5,6 +5,7 @@ checkpoint, and `run.lock` keeps two workers out of one folder.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,12 +83,15 @@ class _Job:
         began = time.monotonic()
 
         def judged(step: int, score: float) -> None:
-            trial.report(score, step)
+            if math.isfinite(score):
+                trial.report(score, step)
             if step < point.experiment.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
         try:
             result = train(point, self.root / point.folder, judged)
+            if result.finished and not math.isfinite(result.score):
+                raise ValueError(f"its score is {result.score}")
         except guards.InUse:  # a worker that was taken for dead lives, and trains there
             time.sleep(self.patience_s)
             self.leave(trial)
@@ -130,7 +134,7 @@ class _Job:
                 measures["state"] = lambda e: budget.state(e, data.length)
             self.known[key] = {}
             for name, measure in measures.items():
-                with contextlib.suppress(ValueError):  # some are built for a longest document
+                with contextlib.suppress(Exception):  # what cannot be counted is left out
                     self.known[key][name] = float(measure(experiment))
         return self.known[key]
 

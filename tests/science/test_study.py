@@ -1,6 +1,7 @@
 """The rules of a study, without training: which trial holds a point, early stopping, the table."""
 
 import math
+import types
 
 import optuna
 import pytest
@@ -10,7 +11,7 @@ from configs import sweep
 from configs.schema import Experiment, Optimizer
 from models import lm
 from science import study as studies
-from science import table
+from science import table, worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat")  # these tests ask by hand
 
@@ -67,6 +68,29 @@ def test_a_point_that_kills_its_workers_is_given_up(study, points):
     studies.add_missing(study, points[:1])
     assert not studies.pending(study, points[:1])
     assert "workers died" in studies.of_points(study)[points[0].key].user_attrs["fault"]
+
+
+def test_a_point_that_fails_by_itself_is_tried_once_and_the_others_are_run(
+    study, points, tmp_path, monkeypatch
+):
+    """An error of any kind and a score that is none are faults, a line each; nothing is retried."""
+    given = iter([RuntimeError("out of\nmemory"), math.nan, 0.5])
+
+    def train(point, folder, judged):
+        one = next(given)
+        if isinstance(one, Exception):
+            raise one
+        plan = types.SimpleNamespace(experiment=point.experiment)
+        return types.SimpleNamespace(finished=True, score=one, tokens_per_second=1.0, plan=plan)
+
+    monkeypatch.setattr(worker, "train", train)
+    said = []
+    assert worker.work(study, points[:3], tmp_path, say=said.append)
+    held = [studies.of_points(study)[point.key] for point in points[:3]]
+    faults = [trial.user_attrs.get("fault") for trial in held]
+    assert faults == ["out of memory", "its score is nan", None] and held[2].value == 0.5
+    assert len(studies.trials(study)) == len(said) == 3
+    assert said[0].startswith("1/3 ") and said[2].startswith("3/3 ")
 
 
 def test_halving_keeps_the_best_of_one_heat(study, points):

@@ -150,6 +150,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, tmp_path):
         (["--sweep.model.width"], "is empty"),
         (["--sweeep.model.width=1,2"], "did you mean"),
         (["--sweep=1,2"], "has no key"),
+        (["--sweep.data.source=parity,copying"], "accuracy and rows all right"),
         (["--workdir=sweep.py"], "is a file"),
     ],
 )
