@@ -7,6 +7,7 @@ from configs.schema import Data, Experiment
 from models import lm
 
 LENGTHS = (4096, 8192, 16384, 32768)
+CONTEXTS = (4096, 65536)
 ENCODERS = ("models.low_rank.", "models.attention.bidirectional")  # they read both ways
 
 
@@ -22,6 +23,14 @@ def growth(**mixers: Any) -> dict[str, Measured]:
     """The exponent of a row's FLOPs over its length, for each mixer, or one for each length."""
     return {
         name.replace("_", " "): Measured("flops", _rows(mixer), LENGTHS, "exponent")
+        for name, mixer in mixers.items()
+    }
+
+
+def state(**mixers: Any) -> dict[str, Measured]:
+    """Bytes that decoding carries late in a text over those early, for each mixer."""
+    return {
+        name.replace("_", " "): Measured("state", experiment(mixer), CONTEXTS, "growth")
         for name, mixer in mixers.items()
     }
 

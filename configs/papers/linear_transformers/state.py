@@ -24,8 +24,6 @@ CLAIM = Claim(
 
 def get_measures() -> dict[str, Measured]:
     """One layer each."""
-    mixers = {"attention": softmax.Config(), "linear attention": linear_transformer.Config()}
-    return {
-        name: Measured("state", _resources.experiment(mixer), (4096, 65536), "growth")
-        for name, mixer in mixers.items()
-    }
+    return _resources.state(
+        attention=softmax.Config(), linear_attention=linear_transformer.Config()
+    )
