@@ -116,7 +116,7 @@ def test_a_comparison_tells_what_failed_and_what_was_tuned(command, tmp_path):
 def test_a_signal_saves_and_the_same_command_goes_on(command, tmp_path):
     """SIGTERM to the parent of two workers: each saves its trial; then all are finished."""
     flags = ["--sweep.optimizer.learning_rate=1e-3,3e-2", f"--workdir={tmp_path}", "--study=s"]
-    flags += ["--config.steps=4000", "--config.checkpoint.every_steps=0", "--workers=2"]
+    flags += ["--config.steps=2000", "--config.checkpoint.every_steps=0", "--workers=2"]
     process = command(*flags)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2:
