@@ -159,7 +159,7 @@ def run(entry: Entry) -> dict[str, Any]:
         "device": throughput.device_name(),
         "versions": report.versions(),
         "commit": report.commit(),
-        "experiments": found.print,
+        "experiments": _experiments(entry),
         "checks": _checks(entry.claim),
         "metric": found.metric,
         "higher": found.higher,
@@ -179,7 +179,6 @@ class Found(NamedTuple):
     metric: str
     higher: bool
     seconds: float  # of all its trials, whenever they ran
-    print: str  # of the experiments
 
 
 def _trained(entry: Entry) -> Found:
@@ -208,7 +207,7 @@ def _trained(entry: Entry) -> Found:
         }
         for row in rows
     ]
-    return Found(kept_rows, metric.title, metric.higher, seconds, _print(p.key for p in points))
+    return Found(kept_rows, metric.title, metric.higher, seconds)
 
 
 def _measured(entry: Entry) -> Found:
@@ -221,7 +220,7 @@ def _measured(entry: Entry) -> Found:
         print(f"{name}: {rows[-1]['scores'][0]:.4g}", flush=True)
     one = next(iter(measured.values()))
     title = one.quantity if one.form == "value" else f"{one.quantity}, {one.form}"
-    return Found(rows, title, True, time.monotonic() - began, _experiments(entry))
+    return Found(rows, title, True, time.monotonic() - began)
 
 
 def _points(file: Path) -> tuple[Experiment, sweep.Sweep, list[sweep.Point]]:

@@ -7,6 +7,7 @@ its worker died, adds another, and of two that were added at once the later one 
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,15 @@ def add_missing(study: optuna.Study, points: Sequence[Point], tuned: Sequence[st
     `ATTEMPTS` workers died is marked as failed.
     """
     held, added = of_points(study), 0
-    died: dict[str, list[FrozenTrial]] = {}
-    for trial in trials(study):
-        if trial.state == TrialState.FAIL and SPARE not in trial.user_attrs:
-            died.setdefault(trial.user_attrs.get(POINT, ""), []).append(trial)
+    failed = (t for t in trials(study) if t.state == TrialState.FAIL)
+    died = Counter(t.user_attrs.get(POINT) for t in failed if SPARE not in t.user_attrs)
     for point in points:
         if point.key in held:
             continue
         state = TrialState.WAITING
         says = {POINT: point.key, "name": str(point), "folder": point.folder}
         says[HEAT] = str([point.seed, *(v for a, v in point.labels.items() if a not in tuned)])
-        if len(died.get(point.key, [])) >= ATTEMPTS:
+        if died[point.key] >= ATTEMPTS:
             state, says[FAULT] = TrialState.FAIL, f"{ATTEMPTS} workers died of it"
         study.add_trial(optuna.trial.create_trial(state=state, user_attrs=says))
         added += 1

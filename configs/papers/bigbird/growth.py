@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="Attention to a window, global blocks and random ones costs O(n).",
     source="arXiv 2007.14062, section 2",
     published="linear in the number of tokens.",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("bigbird", 1.02)),
     cost="seconds on a CPU",
 )

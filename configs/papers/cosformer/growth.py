@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="cosFormer's re-weighting by position keeps the work linear in the length.",
     source="arXiv 2202.08791, section 3.3",
     published="O(N d^2) against O(N^2 d).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("cosformer", 1.02)),
     cost="seconds on a CPU",
 )

@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="The Hyena operator costs O(L log L).",
     source="arXiv 2302.10866, section 3.2",
     published="O(N D L (log L + D)) for order N, against O(L^2).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("hyena", 1.2)),
     cost="seconds on a CPU",
 )

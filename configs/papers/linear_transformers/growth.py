@@ -16,8 +16,7 @@ CLAIM = Claim(
     "with its square.",
     source="arXiv 2006.16236, section 3.2.1",
     published="O(N) against O(N^2) in time and memory.",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("linear attention", 1.02)),
     cost="seconds on a CPU",
 )

@@ -16,7 +16,7 @@ CLAIM = Claim(
     "attention does, with every token.",
     source="arXiv 2006.16236, section 3.4",
     published="constant time and memory a token in inference, against O(N).",
-    scaled="bytes of one layer of width 64 after 65,536 tokens over those after 4,096.",
+    scaled=_resources.STATE,
     checks=(Reaches("attention", 15.9), Stays("linear attention", 1.0)),
     cost="seconds on a CPU",
 )

@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="With keys and values projected to a fixed number, attention of an encoder costs O(n).",
     source="arXiv 2006.04768, Table 1",
     published="O(n) a layer, against O(n^2).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("linformer", 1.02)),
     cost="seconds on a CPU",
 )

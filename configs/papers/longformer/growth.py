@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="Attention to a window and a few global blocks costs O(n).",
     source="arXiv 2004.05150, section 3.1",
     published="O(n w) for a window of w, against O(n^2).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("longformer", 1.02)),
     cost="seconds on a CPU",
 )

@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="A layer of Mamba costs as much a token at any length.",
     source="arXiv 2312.00752, section 3.3",
     published="O(B L D N) FLOPs in recurrent mode; linear scaling up to a million tokens.",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("mamba", 1.02)),
     cost="seconds on a CPU",
 )

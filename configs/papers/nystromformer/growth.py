@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="Attention through a fixed number of landmarks costs O(n).",
     source="arXiv 2102.03902, section 3.4",
     published="O(n) in time and memory, against O(n^2).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("nystromformer", 1.02)),
     cost="seconds on a CPU",
 )

@@ -15,8 +15,7 @@ CLAIM = Claim(
     says="Attention by random features costs as much a token at any length.",
     source="arXiv 2009.14794, section 2.3",
     published="O(L r d) time against O(L^2 d).",
-    scaled="the exponent of FLOPs of one layer of width 64 from 4,096 to 32,768 tokens, its "
-    "projections included, which grow as N.",
+    scaled=_resources.GROWTH,
     checks=(Reaches("attention", 1.9), Stays("performer", 1.02)),
     cost="seconds on a CPU",
 )

@@ -15,7 +15,7 @@ CLAIM = Claim(
     says="What a retentive network carries from token to token does not grow.",
     source="arXiv 2307.08621, Table 1",
     published="O(1) inference cost a token, against O(N).",
-    scaled="bytes of one layer of width 64 after 65,536 tokens over those after 4,096.",
+    scaled=_resources.STATE,
     checks=(Reaches("attention", 15.9), Stays("retention", 1.0)),
     cost="seconds on a CPU",
 )

@@ -15,7 +15,7 @@ CLAIM = Claim(
     says="What RWKV carries from token to token does not grow.",
     source="arXiv 2305.13048, Table 1",
     published="O(d) space in inference, against O(T d) and more.",
-    scaled="bytes of one layer of width 64 after 65,536 tokens over those after 4,096.",
+    scaled=_resources.STATE,
     checks=(Reaches("attention", 15.9), Stays("rwkv", 1.0)),
     cost="seconds on a CPU",
 )

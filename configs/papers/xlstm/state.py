@@ -16,7 +16,7 @@ CLAIM = Claim(
     says="What mLSTM and sLSTM carry from token to token does not grow.",
     source="arXiv 2405.04517, section 2.5",
     published="constant memory with respect to sequence length.",
-    scaled="bytes of one layer of width 64 after 65,536 tokens over those after 4,096.",
+    scaled=_resources.STATE,
     checks=(Reaches("attention", 15.9), Stays("mLSTM", 1.0), Stays("sLSTM", 1.0)),
     cost="seconds on a CPU",
 )
